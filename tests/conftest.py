@@ -1,0 +1,36 @@
+"""What every test shares: strictness, and randomness that repeats."""
+
+import os
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+# A silent broadcast between ranks is how a wrong shape stays unseen. Users' own code is not held to it: the tests that
+# run it as written use `with jax.numpy_rank_promotion("allow")`.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# An example that compiles takes longer than any deadline that would say something about the code, and the first example
+# of each test does.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def seed() -> int:
+    """The seed of a test's randomness."""
+    return 0
+
+
+@pytest.fixture
+def key(seed: int) -> jax.Array:
+    """A JAX key for a test's own arrays."""
+    return jax.random.key(seed)
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """A NumPy generator for a test's own arrays."""
+    return np.random.default_rng(seed)
