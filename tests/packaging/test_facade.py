@@ -145,7 +145,7 @@ def test_the_names_of_a_part_are_its_all(replace_layers) -> None:
     """)
     assert nnx.New == "new"
     vars(nnx).pop("New")
-    with pytest.raises(AttributeError, match="has no attribute 'other'$"):
+    with pytest.raises(AttributeError, match=r"has no attribute 'other'$"):
         nnx.other
 
 

@@ -33,8 +33,8 @@ if _typing.TYPE_CHECKING:
 else:
     # Hidden from type checkers, which take a module's `__getattr__` for leave to accept any misspelt name.
     def __getattr__(name: str) -> object:
-        # Every tool that looks at a module asks it for underscored names, and no `__all__` holds one: to import all that
-        # is installed in order to answer would be slow, and could fail.
+        # Every tool that looks at a module asks it for underscored names, and no `__all__` holds one: to import all
+        # that is installed in order to answer would be slow, and could fail.
         if name.startswith("_"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=None)
         absent = []
@@ -48,7 +48,7 @@ else:
                 value = globals()[name] = getattr(sibling, name)
                 return value
         # Without an `obj`, a traceback does not add Python's own guess to ours.
-        raise AttributeError(_explain_missing(name, absent), name=name, obj=None)
+        raise AttributeError(_explain_missing(name, absent, __dir__()), name=name, obj=None)
 
     def __dir__() -> list[str]:
         names = {name for name in globals() if name.startswith("__") or not name.startswith("_")}
@@ -75,13 +75,13 @@ def _sibling(part: str) -> "_ModuleType | None":
     return None if module.__file__ is None else module
 
 
-def _explain_missing(name: str, absent: list[str]) -> str:
-    import difflib  # noqa: PLC0415 (costs more than the rest of this module, and only an error needs it)
+def _explain_missing(name: str, absent: list[str], known: list[str]) -> str:
+    import difflib
 
     message = f"module {__name__!r} has no attribute {name!r}"
     if absent:
         message += f": {absent[0]} is not installed (pip install {absent[0]})"
         message += "".join(f"; nor is {other} (pip install {other})" for other in absent[1:])
-    if near := difflib.get_close_matches(name, __dir__(), n=1, cutoff=0.75):
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         message += f". Did you mean {near[0]!r}?"
     return message
