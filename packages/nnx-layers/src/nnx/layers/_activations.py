@@ -1,0 +1,119 @@
+"""Activation functions: JAX's own under one roof, and PReLU, the one that learns."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.nn import (
+    celu,
+    elu,
+    gelu,
+    glu,
+    hard_sigmoid,
+    hard_silu,
+    hard_swish,
+    hard_tanh,
+    identity,
+    leaky_relu,
+    log_sigmoid,
+    log_softmax,
+    logsumexp,
+    mish,
+    one_hot,
+    relu,
+    relu6,
+    selu,
+    sigmoid,
+    silu,
+    soft_sign,
+    softmax,
+    softplus,
+    standardize,
+    swish,
+    tanh,
+)
+from jax.typing import DTypeLike
+
+from nnx.core import Module, Param, ShapeError
+from nnx.layers._common import as_value
+from nnx.layers._dtypes import promote_dtype
+
+__all__ = [
+    "PReLU",
+    "celu",
+    "elu",
+    "gelu",
+    "glu",
+    "hard_sigmoid",
+    "hard_silu",
+    "hard_swish",
+    "hard_tanh",
+    "identity",
+    "leaky_relu",
+    "log_sigmoid",
+    "log_softmax",
+    "logsumexp",
+    "mish",
+    "normalize",
+    "one_hot",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "soft_sign",
+    "softmax",
+    "softplus",
+    "standardize",
+    "swish",
+    "tanh",
+]
+
+# The older name of the same function.
+normalize = standardize
+
+
+class PReLU(Module):
+    """A leaky ReLU whose slope for negative inputs is learned.
+
+    `y = x` where `x >= 0`, else `y = negative_slope * x`.
+
+    Attributes:
+        negative_slope: Param, a scalar.
+
+    Reference: He et al., 2015, Delving Deep into Rectifiers, arXiv:1502.01852.
+
+    Example:
+        >>> import nnx, jax.numpy as jnp
+        >>> layer = nnx.PReLU(0.25)
+        >>> layer(jnp.array([-2.0, 3.0])).tolist()
+        [-0.5, 3.0]
+    """
+
+    negative_slope: jax.Array
+
+    def __init__(self, negative_slope_init: float = 0.01, *, param_dtype: DTypeLike = jnp.float32) -> None:
+        """Makes the layer.
+
+        Args:
+            negative_slope_init: the slope to start from.
+            param_dtype: dtype of the slope.
+        """
+        self.negative_slope = as_value(Param(jnp.asarray(negative_slope_init, param_dtype)))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the activation.
+
+        Args:
+            inputs: any shape, floating point.
+
+        Returns:
+            An array of the shape and dtype of `inputs`.
+
+        Raises:
+            ShapeError: `inputs` are integers, which have no fractional slope.
+        """
+        if not jnp.issubdtype(inputs.dtype, jnp.floating):
+            raise ShapeError(f"PReLU: expected floating point `inputs`, got dtype {inputs.dtype.name}")
+        (slope,) = promote_dtype((self.negative_slope,), dtype=inputs.dtype)
+        return jnp.where(inputs >= 0, inputs, slope * inputs)

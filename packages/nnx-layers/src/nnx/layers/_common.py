@@ -1,0 +1,121 @@
+"""What every layer does the same way: make a parameter, settle a flag, draw a key, check a shape, broadcast a bias."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from nnx.core import Context, ContextError, Module, Param, ShapeError, Variable
+from nnx.layers import initializers
+from nnx.layers.initializers import Initializer
+
+__all__: list[str] = []
+
+# What `lax` and `jnp` take as `precision`: None, a name, a `lax.Precision`, or a pair of either.
+PrecisionLike = Any
+Axes = int | Sequence[int]
+
+default_kernel_init = initializers.lecun_normal()
+default_bias_init = initializers.zeros
+
+
+def as_value(variable: Variable[Any]) -> Any:
+    """`variable` itself, for a static type checker the value: that is what reading the attribute will give."""
+    return variable
+
+
+def make_param(ctx: Context, init: Initializer, shape: Sequence[int], dtype: DTypeLike) -> Any:
+    """A new Param from the Context's stream "params".
+
+    What the initializer returns goes to Param as it is: it may be a box that carries metadata such as sharding names.
+    """
+    return as_value(Param(init(ctx.make_rng("params"), tuple(shape), dtype)))
+
+
+def resolve_flag(
+    layer: Module, name: str, call: bool | None, constructor: bool | None, ctx: Context | None, *, example: bool
+) -> bool:
+    """The value of a flag: from the call, else the constructor, else the Context; an error if none of them set it."""
+    for value in (call, constructor, None if ctx is None or not ctx.has_flag(name) else ctx.get_flag(name)):
+        if value is not None:
+            return bool(value)
+    kind = type(layer).__name__
+    seen = "no Context was passed" if ctx is None else "the Context that was passed has no such flag"
+    raise ContextError(
+        f"{kind}: the flag `{name}` is not set: not in the call, not in the constructor, and {seen}. Set it in one of"
+        f" the three: `layer(x, {name}={example})`, `nnx.{kind}(..., {name}={example})`, or"
+        f" `layer(x, ctx=nnx.context(flags=dict({name}={example})))`."
+    )
+
+
+def draw_key(layer: Module, collection: str, ctx: Context | None) -> jax.Array:
+    """A key from the Context's stream `collection`; an error that names the layer if there is none to draw from."""
+    kind = type(layer).__name__
+    remedy = f"Pass `ctx=nnx.context({collection}=seed)` in the call, or `deterministic=True` to draw nothing."
+    if ctx is None:
+        raise ContextError(
+            f"{kind}: needs a key from the random stream {collection!r}, but no Context was passed. {remedy}"
+        )
+    try:
+        return ctx.make_rng(collection)
+    except ContextError as error:
+        raise ContextError(f"{kind}: needs a key from the random stream {collection!r}. {error} {remedy}") from error
+
+
+def check_features(layer: Module, argument: str, x: jax.Array, features: int | Sequence[int], described: str) -> None:
+    """Raises ShapeError unless the last axes of `x` are `features`."""
+    expected = as_tuple(features)
+    if x.ndim < len(expected) or x.shape[x.ndim - len(expected) :] != expected:
+        wanted = ", ".join(map(str, ("...", *expected)))
+        raise ShapeError(
+            f"{type(layer).__name__}: expected `{argument}` of shape [{wanted}] ({described}), got {tuple(x.shape)}"
+        )
+
+
+def as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
+    """A tuple of plain ints from an int or an iterable of them: hashable, so fit for a static attribute."""
+    if isinstance(value, Iterable):
+        return tuple(operator.index(x) for x in value)
+    return (operator.index(value),)
+
+
+def per_dimension(value: int | Iterable[int] | None, rank: int, what: str) -> tuple[int, ...]:
+    """`value` for each of `rank` dimensions: an int is repeated, None is 1."""
+    values = (1,) * rank if value is None else as_tuple(value)
+    if not isinstance(value, Iterable):
+        values = values[:1] * rank
+    if len(values) != rank:
+        raise ValueError(f"{what} needs an int or {rank} ints, one to a spatial dimension, got {values}")
+    return values
+
+
+def normalize_axes(axes: Axes, ndim: int, what: str) -> tuple[int, ...]:
+    """Axes counted from the front, in the order given; an error for an axis that is absent or named twice."""
+    given = as_tuple(axes)
+    found = tuple(axis + ndim if axis < 0 else axis for axis in given)
+    if any(not 0 <= axis < ndim for axis in found):
+        raise ShapeError(f"{what} {given} do not exist in an array with {ndim} dimensions")
+    if len(set(found)) != len(found):
+        raise ValueError(f"{what} {given} name a dimension twice")
+    return found
+
+
+def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`y + bias` over the last axes, with the broadcast spelled out (rank promotion may be an error)."""
+    if bias is None:
+        return y
+    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+def flatten_batch(x: jax.Array, inner: int) -> tuple[jax.Array, tuple[int, ...]]:
+    """`x` with all but its last `inner` axes merged into one, and the axes that were merged."""
+    batch = x.shape[: x.ndim - inner]
+    if len(batch) == 1:
+        return x, batch
+    return jnp.reshape(x, (math.prod(batch), *x.shape[x.ndim - inner :])), batch

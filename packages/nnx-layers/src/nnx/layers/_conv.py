@@ -1,0 +1,199 @@
+"""Convolution over any number of spatial axes, channels last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from nnx.core import Context, Module, ShapeError
+from nnx.layers._common import (
+    PrecisionLike,
+    add_bias,
+    as_tuple,
+    default_bias_init,
+    default_kernel_init,
+    flatten_batch,
+    make_param,
+    per_dimension,
+)
+from nnx.layers._dtypes import promote_dtype
+from nnx.layers.initializers import Initializer
+
+__all__ = ["Conv"]
+
+PaddingLike = str | int | Sequence[int | tuple[int, int]]
+Padding = str | tuple[tuple[int, int], ...]
+
+# Padding that `lax` does not know: done by `jnp.pad` in one of these modes before a VALID convolution.
+_PAD_MODES = {"CAUSAL": "constant", "CIRCULAR": "wrap", "REFLECT": "reflect"}
+_LAX_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
+
+
+def canonicalize_padding(padding: PaddingLike, rank: int, extra: Sequence[str] = ()) -> Padding:
+    """A padding as one of the known names or a tuple of `rank` pairs (before, after)."""
+    if isinstance(padding, str):
+        known = sorted((*_LAX_PADDINGS, *extra))
+        if padding.upper() not in known:
+            raise ValueError(
+                f"unknown padding {padding!r}: use one of {', '.join(known)}, an int, or (low, high) pairs"
+            )
+        return padding.upper()
+    sides = [padding] * rank if isinstance(padding, int) else list(padding)
+    pairs = [(side, side) if isinstance(side, int) else as_tuple(side) for side in sides]
+    if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"padding needs an int or a (low, high) pair for each of {rank} spatial dimensions, got {padding}"
+        )
+    return tuple((low, high) for low, high in pairs)
+
+
+class Conv(Module):
+    """A convolution (a cross-correlation, as everywhere in deep learning) over the spatial axes of its inputs.
+
+    `y[n, p, o] = bias[o] + sum_{k, c} x[n, strides * p + kernel_dilation * k - low, c] kernel[k, c, o]`
+
+    The number of spatial axes is the length of `kernel_size`. Axes are in the order batch, space, channels (NWC, NHWC,
+    NDHWC).
+
+    Attributes:
+        kernel: Param, [*kernel_size, in_features / feature_group_count, out_features].
+        bias: Param, [out_features], or None.
+
+    Example:
+        >>> import nnx, jax.numpy as jnp
+        >>> layer = nnx.Conv(3, 8, (3, 3), strides=2, ctx=nnx.context(0))
+        >>> layer(jnp.ones((1, 32, 32, 3))).shape
+        (1, 16, 16, 8)
+        >>> nnx.Conv(3, 8, 5, padding="CAUSAL", ctx=nnx.context(0))(jnp.ones((1, 20, 3))).shape
+        (1, 20, 8)
+    """
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: PaddingLike = "SAME",
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: ArrayLike | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        ctx: Context,
+    ) -> None:
+        """Makes the layer.
+
+        Args:
+            in_features: number of input channels.
+            out_features: number of output channels.
+            kernel_size: size of the kernel along each spatial axis; an int is one axis, not several.
+            strides: step between windows, in input elements; an int holds for all axes.
+            padding: "SAME" (out = ceil(in / stride)), "SAME_LOWER" (the same, with the odd element before), "VALID"
+                (none), "CIRCULAR" (periodic), "REFLECT" (mirrored about the edge element), "CAUSAL" (one spatial axis:
+                all before, so that no output sees later inputs), an int, or an int or a (low, high) pair for each axis.
+            input_dilation: spacing put between input elements; above 1 this is a transposed convolution.
+            kernel_dilation: spacing of kernel elements; above 1 this is an atrous convolution.
+            feature_group_count: number of groups that channels are split into; `in_features` makes it depthwise.
+            use_bias: whether to add a bias.
+            mask: an array that multiplies the kernel at each call, of the kernel's shape; kept as a buffer.
+            dtype: dtype to compute in; `None` takes the common type of inputs and parameters.
+            param_dtype: dtype of the parameters.
+            precision: precision of the products, see `jax.lax.Precision`.
+            kernel_init: initializer of the kernel.
+            bias_init: initializer of the bias.
+            ctx: gives the keys, from its stream "params".
+
+        Raises:
+            ValueError: an option does not fit the number of spatial axes, or the groups do not divide the channels.
+            ShapeError: `mask` has another shape than the kernel.
+        """
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = as_tuple(kernel_size)
+        rank = len(self.kernel_size)
+        self.strides = per_dimension(strides, rank, "Conv: strides")
+        self.padding = canonicalize_padding(padding, rank, tuple(_PAD_MODES))
+        self.input_dilation = per_dimension(input_dilation, rank, "Conv: input_dilation")
+        self.kernel_dilation = per_dimension(kernel_dilation, rank, "Conv: kernel_dilation")
+        self.feature_group_count = feature_group_count
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        if self.padding == "CAUSAL" and rank != 1:
+            raise ValueError(f"Conv: CAUSAL padding needs one spatial axis, got kernel_size {self.kernel_size}")
+        if in_features % feature_group_count or out_features % feature_group_count:
+            raise ValueError(
+                f"Conv: feature_group_count={feature_group_count} must divide in_features={in_features} and"
+                f" out_features={out_features}"
+            )
+        shape = (*self.kernel_size, in_features // feature_group_count, out_features)
+        self.kernel = make_param(ctx, kernel_init, shape, param_dtype)
+        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype) if use_bias else None
+        self.mask = None if mask is None else jnp.asarray(mask)
+        if self.mask is not None and self.mask.shape != shape:
+            raise ShapeError(f"Conv: expected `mask` of the kernel's shape {shape}, got {self.mask.shape}")
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the convolution.
+
+        Args:
+            inputs: [*batch, *space, in_features], with any number of batch axes, also none.
+
+        Returns:
+            [*batch, *space, out_features].
+
+        Raises:
+            ShapeError: `inputs` has too few axes or another number of channels.
+        """
+        rank = len(self.kernel_size)
+        if inputs.ndim < rank + 1 or inputs.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"{type(self).__name__}: expected `inputs` of shape [..., {'space, ' * rank}{self.in_features}]"
+                f" (kernel_size={self.kernel_size}, in_features={self.in_features}), got {tuple(inputs.shape)}"
+            )
+        kernel = self.kernel if self.mask is None else self.kernel * self.mask.astype(self.kernel.dtype)
+        x, kernel, bias = promote_dtype((inputs, kernel, self.bias), dtype=self.dtype)
+        x, batch = flatten_batch(x, rank + 1)
+        x, padding = self._pad(x)
+        space = tuple(range(1, rank + 1))
+        layout = (0, rank + 1, *space)
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            self.strides,
+            padding,
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            dimension_numbers=lax.ConvDimensionNumbers(layout, (rank + 1, rank, *range(rank)), layout),
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+        )
+        y = add_bias(y, bias)
+        return y if len(batch) == 1 else y.reshape(batch + y.shape[1:])
+
+    def _pad(self, x: jax.Array) -> tuple[jax.Array, Any]:
+        """Pads `x` itself where `lax` has no name for the padding, and says what is left for `lax` to do."""
+        if not isinstance(self.padding, str) or self.padding in _LAX_PADDINGS:
+            return x, self.padding
+        extents = [(size - 1) * dilation for size, dilation in zip(self.kernel_size, self.kernel_dilation, strict=True)]
+        if self.padding == "CAUSAL":
+            pads = [(extent, 0) for extent in extents]
+        else:
+            pads = [(extent // 2, extent - extent // 2) for extent in extents]
+        return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=_PAD_MODES[self.padding]), "VALID"

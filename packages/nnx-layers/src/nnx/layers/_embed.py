@@ -1,0 +1,102 @@
+"""Embed: a table from integers to vectors, and back to logits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from nnx.core import Context, Module, ShapeError
+from nnx.layers import initializers
+from nnx.layers._common import check_features, make_param
+from nnx.layers._dtypes import promote_dtype
+from nnx.layers.initializers import Initializer
+
+__all__ = ["Embed"]
+
+# Fan in is the size of a vector, so that a vector has an expected square norm of 1 whatever its size.
+default_embedding_init = initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+
+
+class Embed(Module):
+    """A table of `num_embeddings` vectors: `y[..., :] = embedding[x[...], :]`.
+
+    An index past either end gives NaN rather than a neighbour's vector; negative indices count from the end.
+
+    Attributes:
+        embedding: Param, [num_embeddings, features].
+
+    Example:
+        >>> import nnx, jax.numpy as jnp
+        >>> layer = nnx.Embed(10, 4, ctx=nnx.context(0))
+        >>> vectors = layer(jnp.array([[1, 2, 3]]))
+        >>> vectors.shape
+        (1, 3, 4)
+        >>> layer.attend(vectors).shape
+        (1, 3, 10)
+    """
+
+    embedding: jax.Array
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        embedding_init: Initializer = default_embedding_init,
+        ctx: Context,
+    ) -> None:
+        """Makes the layer.
+
+        Args:
+            num_embeddings: number of vectors.
+            features: size of a vector.
+            dtype: dtype of the vectors handed out; `None` takes that of the table.
+            param_dtype: dtype of the table.
+            embedding_init: initializer of the table; by default each vector has an expected square norm of 1.
+            ctx: gives the key, from its stream "params".
+        """
+        self.num_embeddings = num_embeddings
+        self.features = features
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.embedding = make_param(ctx, embedding_init, (num_embeddings, features), param_dtype)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Looks up vectors.
+
+        Args:
+            inputs: integers of any shape, from 0 to `num_embeddings - 1`.
+
+        Returns:
+            [*inputs.shape, features].
+
+        Raises:
+            ShapeError: `inputs` are not integers.
+        """
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ShapeError(f"{type(self).__name__}: expected integer `inputs`, got dtype {inputs.dtype.name}")
+        (table,) = promote_dtype((self.embedding,), dtype=self.dtype, inexact=False)
+        return jnp.take(table, inputs, axis=0)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """Scores each vector of the table against `query`: `logits = query @ embedding.T`.
+
+        This is the output layer of a language model that ties its input and output embeddings.
+
+        Args:
+            query: [..., features].
+
+        Returns:
+            [..., num_embeddings].
+
+        Raises:
+            ShapeError: the last axis of `query` is not `features`.
+
+        Reference: Press and Wolf, 2017, Using the Output Embedding to Improve Language Models, arXiv:1608.05859.
+        """
+        check_features(self, "query", query, self.features, f"features={self.features}")
+        x, table = promote_dtype((query, self.embedding), dtype=self.dtype)
+        return jnp.dot(x, table.T)

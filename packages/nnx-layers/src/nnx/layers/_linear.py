@@ -1,0 +1,296 @@
+"""Affine maps over the last axis or over several: Linear, LinearGeneral, and MLP, a stack of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from nnx.core import Context, Module, Param, ShapeError
+from nnx.layers._common import (
+    Axes,
+    PrecisionLike,
+    add_bias,
+    as_tuple,
+    check_features,
+    default_bias_init,
+    default_kernel_init,
+    make_param,
+    normalize_axes,
+)
+from nnx.layers._dropout import Dropout
+from nnx.layers._dtypes import promote_dtype
+from nnx.layers.initializers import Initializer
+
+__all__ = ["MLP", "Linear", "LinearGeneral"]
+
+
+class Linear(Module):
+    """An affine map of the last axis: `y = x @ kernel + bias`.
+
+    Attributes:
+        kernel: Param, [in_features, out_features].
+        bias: Param, [out_features], or None.
+
+    Example:
+        >>> import nnx, jax.numpy as jnp
+        >>> layer = nnx.Linear(2, 4, ctx=nnx.context(0))
+        >>> layer(jnp.ones((8, 2))).shape
+        (8, 4)
+        >>> layer.kernel.shape, layer.bias.shape
+        ((2, 4), (4,))
+    """
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        ctx: Context,
+    ) -> None:
+        """Makes the layer.
+
+        Args:
+            in_features: size of the last axis of the inputs.
+            out_features: size of the last axis of the outputs.
+            use_bias: whether to add a bias.
+            dtype: dtype to compute in; `None` takes the common type of inputs and parameters.
+            param_dtype: dtype of the parameters.
+            precision: precision of the product, see `jax.lax.Precision`.
+            kernel_init: initializer of the kernel.
+            bias_init: initializer of the bias.
+            ctx: gives the keys, from its stream "params".
+        """
+        self.in_features = in_features
+        self.out_features = out_features
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.kernel = make_param(ctx, kernel_init, (in_features, out_features), param_dtype)
+        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype) if use_bias else None
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the map.
+
+        Args:
+            inputs: [..., in_features].
+
+        Returns:
+            [..., out_features].
+
+        Raises:
+            ShapeError: the last axis of `inputs` is not `in_features`.
+        """
+        check_features(self, "inputs", inputs, self.in_features, f"in_features={self.in_features}")
+        x, kernel, bias = promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
+        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+        return add_bias(y, bias)
+
+
+class LinearGeneral(Module):
+    """An affine map from some axes of the inputs to new last axes of the outputs.
+
+    `y[..., o] = sum_i x[..., i] kernel[i, o] + bias[o]`, where `i` runs over the axes `axis` and `o` over the new ones.
+
+    Initializers are called with the kernel's axes merged to [inputs, outputs], so that fans count all of them.
+
+    Attributes:
+        kernel: Param, [*in_features, *out_features].
+        bias: Param, [*out_features], or None.
+
+    Example:
+        >>> import nnx, jax.numpy as jnp
+        >>> layer = nnx.LinearGeneral((2, 3), (4, 5), axis=(-2, -1), ctx=nnx.context(0))
+        >>> layer(jnp.ones((16, 2, 3))).shape
+        (16, 4, 5)
+        >>> layer.kernel.shape
+        (2, 3, 4, 5)
+    """
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        *,
+        axis: Axes = -1,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        precision: PrecisionLike = None,
+        ctx: Context,
+    ) -> None:
+        """Makes the layer.
+
+        Args:
+            in_features: sizes of the axes to contract.
+            out_features: sizes of the new axes.
+            axis: the axes to contract, one to a size in `in_features`.
+            use_bias: whether to add a bias.
+            dtype: dtype to compute in; `None` takes the common type of inputs and parameters.
+            param_dtype: dtype of the parameters.
+            kernel_init: initializer of the kernel.
+            bias_init: initializer of the bias.
+            precision: precision of the product, see `jax.lax.Precision`.
+            ctx: gives the keys, from its stream "params".
+
+        Raises:
+            ValueError: `axis` and `in_features` differ in length.
+        """
+        self.in_features = as_tuple(in_features)
+        self.out_features = as_tuple(out_features)
+        self.axis = as_tuple(axis)
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        if len(self.in_features) != len(self.axis):
+            raise ValueError(
+                f"LinearGeneral: in_features {self.in_features} and axis {self.axis} must have the same length"
+            )
+        n_in, n_out = math.prod(self.in_features), math.prod(self.out_features)
+        shape = self.in_features + self.out_features
+        self.kernel = _reshaped(make_param(ctx, kernel_init, (n_in, n_out), param_dtype), shape)
+        self.bias = (
+            _reshaped(make_param(ctx, bias_init, (n_out,), param_dtype), self.out_features) if use_bias else None
+        )
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the map.
+
+        Args:
+            inputs: an array whose axes `axis` have the sizes `in_features`.
+
+        Returns:
+            The axes of `inputs` that are left, in order, followed by `out_features`.
+
+        Raises:
+            ShapeError: `inputs` lacks one of the axes, or it has another size.
+        """
+        axes = normalize_axes(self.axis, inputs.ndim, f"{type(self).__name__}: axes")
+        if tuple(inputs.shape[axis] for axis in axes) != self.in_features:
+            raise ShapeError(
+                f"{type(self).__name__}: expected `inputs` with sizes {self.in_features} at the axes {self.axis}"
+                f" (in_features), got {tuple(inputs.shape)}"
+            )
+        x, kernel, bias = promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
+        y = lax.dot_general(x, kernel, ((axes, tuple(range(len(axes)))), ((), ())), precision=self.precision)
+        return add_bias(y, bias)
+
+
+def _reshaped(param: Param[Any], shape: tuple[int, ...]) -> Any:
+    """`param` with its value in `shape`, keeping its metadata."""
+    if param.value.shape != shape:
+        param.value = jnp.reshape(param.value, shape)
+    return param
+
+
+class MLP(Module):
+    """A multilayer perceptron: Linear layers with an activation, and optionally dropout, between them.
+
+    `x <- dropout(activation(x @ kernel + bias))` for each hidden layer, then a last Linear without either.
+
+    Attributes:
+        layers: a Sequence of `len(hidden_features) + 1` Linear layers.
+        dropout: a Dropout, or None.
+
+    Example:
+        >>> import nnx, jax.numpy as jnp
+        >>> model = nnx.MLP(2, (16, 16), 1, ctx=nnx.context(0))
+        >>> model(jnp.ones((8, 2))).shape
+        (8, 1)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | Sequence[int],
+        out_features: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+        dropout_rate: float = 0.0,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init,
+        ctx: Context,
+    ) -> None:
+        """Makes the model.
+
+        Args:
+            in_features: size of the last axis of the inputs.
+            hidden_features: sizes of the hidden layers, first to last; an empty sequence makes one Linear.
+            out_features: size of the last axis of the outputs.
+            activation: a function of an array, applied after each hidden layer.
+            dropout_rate: the probability of dropping a hidden unit; 0 makes no dropout layer.
+            use_bias: whether the layers have a bias.
+            dtype: dtype to compute in; `None` takes the common type of inputs and parameters.
+            param_dtype: dtype of the parameters.
+            precision: precision of the products, see `jax.lax.Precision`.
+            kernel_init: initializer of the kernels.
+            bias_init: initializer of the biases.
+            ctx: gives the keys, from its stream "params".
+        """
+        sizes = (in_features, *as_tuple(hidden_features), out_features)
+        self.layers = [
+            Linear(
+                n_in,
+                n_out,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision=precision,
+                kernel_init=kernel_init,
+                bias_init=bias_init,
+                ctx=ctx,
+            )
+            for n_in, n_out in itertools.pairwise(sizes)
+        ]
+        self.activation = activation
+        self.dropout = Dropout(dropout_rate) if dropout_rate > 0 else None
+
+    def __call__(
+        self, inputs: jax.Array, *, deterministic: bool | None = None, ctx: Context | None = None
+    ) -> jax.Array:
+        """Applies the model.
+
+        Args:
+            inputs: [..., in_features].
+            deterministic: whether to skip dropout; `None` leaves it to the Context.
+            ctx: carries the stream "dropout" and flags. Not needed without dropout.
+
+        Returns:
+            [..., out_features].
+
+        Raises:
+            ContextError: there is dropout, and `deterministic` is set nowhere or there is no random stream.
+            ShapeError: the last axis of `inputs` is not `in_features`.
+        """
+        x = inputs
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+            if self.dropout is not None:
+                x = self.dropout(x, deterministic=deterministic, ctx=ctx)
+        return self.layers[-1](x)
