@@ -1,0 +1,320 @@
+"""Context: random streams and flags, handed from call to call."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnx.core._errors import ContextError
+from nnx.core._graph import ModuleDef
+from nnx.core._layout import layout_of, state_of
+from nnx.core._object import Object, check_object_trace
+from nnx.core._state import State, check_part
+from nnx.core._variable import Cell, Metadata, check_cell_trace, set_metadata, set_owned, set_trace
+from nnx.core._tracing import current_trace
+
+__all__ = ["Context", "ContextDef", "RngStream", "context"]
+
+_NO_METADATA = Metadata.of({})
+
+
+@functools.partial(jax.jit, inline=True)
+def _draw(key: Any, name: Any, count: Any, drawn: Any) -> Any:
+    return jax.random.fold_in(jax.random.fold_in(key, name), count + drawn)
+
+
+@functools.lru_cache(maxsize=1024)
+def _name_code(name: str) -> np.uint32:
+    return np.uint32(zlib.crc32(name.encode()))  # `hash` differs from one process to the next
+
+
+def _as_key(seed: Any, name: str) -> Any:
+    """A typed key of an integer seed, a typed key, or a raw uint32 key."""
+    if isinstance(seed, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) and not isinstance(seed, np.generic):
+        if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+            return seed
+        if seed.dtype == np.uint32 and seed.ndim >= 1:
+            return jax.random.wrap_key_data(jnp.asarray(seed))
+        if seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer):
+            return jax.random.key(seed)
+    elif isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
+        return jax.random.key(int(seed))
+    raise ContextError(
+        f"the seed of the stream `{name}` is an integer, a key (jax.random.key) or a raw uint32 key, got {type(seed).__name__}: {seed!r}"
+    )
+
+
+class RngStream(Cell):
+    """A stream of random keys: a base key and the number of keys drawn so far.
+
+    The count is data: it is an input of compiled functions, so a stream that has advanced compiles nothing anew.
+
+    Args:
+        seed: an integer, a typed key, or a raw uint32 key.
+        count: keys drawn so far.
+        name: folded into the keys, so that streams of equal seed and other names differ.
+    """
+
+    __slots__ = ("_count", "_drawn", "_key")
+
+    collection = "rngs"
+
+    # `count` is a host integer outside of traces. Inside, it is a tracer and `drawn` counts on the host what the trace drew:
+    # that number is known when the trace ends, and is all that has to come out of it.
+    _key: Any
+    _count: Any
+    _drawn: int
+
+    def __init__(self, seed: Any, count: int = 0) -> None:
+        set_metadata(self, _NO_METADATA)
+        set_owned(self, False)
+        set_trace(self, current_trace())
+        self._key, self._count, self._drawn = _as_key(seed, "stream"), count, 0
+
+    @property
+    def _value(self) -> Any:  # type: ignore[override]
+        return self._key, self._total()
+
+    @_value.setter
+    def _value(self, value: Any) -> None:
+        key, count = value
+        self._key = key
+        self._count = int(count) if isinstance(count, (int, np.integer)) or (isinstance(count, np.ndarray) and count.ndim == 0) else count
+        self._drawn = 0
+
+    def _total(self) -> Any:
+        if isinstance(self._count, int):
+            return np.uint32((self._count + self._drawn) & 0xFFFFFFFF)
+        return self._count + np.uint32(self._drawn) if self._drawn else self._count
+
+    @property
+    def key(self) -> Any:
+        """The base key."""
+        return self._key
+
+    @property
+    def count(self) -> Any:
+        """The number of keys drawn so far; an array inside a transform."""
+        return self._count + self._drawn if isinstance(self._count, int) else self._total()
+
+    @property
+    def value(self) -> Any:
+        """The pair of key and count, as a State holds it."""
+        return self._value
+
+    def next(self, name: str = "") -> jax.Array:
+        """Draw a key.
+
+        Args:
+            name: the stream's name, folded into the key.
+
+        Raises:
+            TraceContextError: the stream was made in another trace.
+        """
+        if self._trace is not current_trace():
+            check_cell_trace(self, f"RngStream {name!r}")
+        if isinstance(self._count, int):
+            key = _draw(self._key, _name_code(name), np.uint32((self._count + self._drawn) & 0xFFFFFFFF), np.uint32(0))
+        else:
+            key = _draw(self._key, _name_code(name), self._count, np.uint32(self._drawn))
+        self._drawn += 1
+        return key
+
+    def advance(self, keys: int) -> None:
+        """Count keys as drawn."""
+        self._drawn += keys
+
+    def __repr__(self) -> str:
+        count = self._count + self._drawn if isinstance(self._count, int) else self._count
+        return f"RngStream(count={count})"
+
+
+class ContextDef:
+    """The static half of a Context: the names of its streams, and its flags."""
+
+    __slots__ = ("_definition",)
+
+    def __init__(self, definition: ModuleDef[Any]) -> None:
+        self._definition = definition
+
+    def merge(self, *states: State) -> Context:
+        """Make the Context of the States that its `partition` gave."""
+        return self._definition.merge(*states)  # type: ignore[no-any-return]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ContextDef) and self._definition is other._definition
+
+    def __hash__(self) -> int:
+        return hash(self._definition)
+
+    def __repr__(self) -> str:
+        return f"ContextDef({self._definition!r})"
+
+
+jax.tree_util.register_pytree_node(ContextDef, lambda definition: ((), definition), lambda definition, _: definition)
+
+
+class Context(Object):
+    """Named random streams and flags.
+
+    In a constructor a Context makes the parameters; in a call it carries random streams and flags. It changes in place: every
+    `make_rng` advances a stream. Hand it to functions as an argument; every lifted transform accepts it.
+
+    Args:
+        rngs: streams by name: integers, keys, or RngStreams.
+        flags: static values by name, such as `deterministic` and `use_running_average`.
+    """
+
+    def __init__(self, rngs: Mapping[str, Any] | None = None, *, flags: Mapping[str, Any] | None = None) -> None:
+        cells = self._nnx_cells
+        for name, seed in (rngs or {}).items():
+            check_part(name)
+            if isinstance(seed, RngStream):
+                set_owned(seed, True)
+                cells[name] = seed
+            else:
+                stream = RngStream.__new__(RngStream)
+                set_metadata(stream, _NO_METADATA)
+                set_owned(stream, True)
+                set_trace(stream, current_trace())
+                stream._value = (_as_key(seed, name), 0)
+                cells[name] = stream
+        for name in flags or {}:
+            check_part(name)
+        self.__dict__["_flags"] = tuple((flags or {}).items())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a Context has no attribute to set ({name!r}); make another one with nnx.context(...)")
+
+    @property
+    def flags(self) -> Mapping[str, Any]:
+        """The flags."""
+        return MappingProxyType(dict(self.__dict__["_flags"]))
+
+    @property
+    def rngs(self) -> Mapping[str, RngStream]:
+        """The streams."""
+        return MappingProxyType(self._nnx_cells)  # type: ignore[arg-type]
+
+    def make_rng(self, name: str) -> jax.Array:
+        """Draw a key from the stream `name`: a new one at each call.
+
+        Returns:
+            A typed key, `key<fry>[]`.
+
+        Raises:
+            ContextError: there is no such stream.
+            TraceContextError: the Context was made in another trace.
+        """
+        stream = self._nnx_cells.get(name)
+        if stream is None:
+            known = ", ".join(f"`{item}`" for item in self._nnx_cells) or "none"
+            raise ContextError(
+                f"no random stream `{name}` in this Context (it has: {known}). Give it one where the Context is made: "
+                f"nnx.context({name}=seed)"
+            )
+        if self._nnx_trace is not current_trace():
+            check_object_trace(self, f"Context.make_rng({name!r})", "draw from")
+        return stream.next(name)  # type: ignore[attr-defined, no-any-return]
+
+    def has_rng(self, name: str) -> bool:
+        """Whether there is a stream of that name."""
+        return name in self._nnx_cells
+
+    def get_flag(self, name: str, default: Any = None) -> Any:
+        """The flag's value, or `default` where it is not set."""
+        for key, value in self.__dict__["_flags"]:
+            if key == name:
+                return value
+        return default
+
+    def has_flag(self, name: str) -> bool:
+        """Whether the flag is set."""
+        return any(key == name for key, _ in self.__dict__["_flags"])
+
+    def fork(self) -> Context:
+        """Make a Context whose streams start anew from a key drawn of each of these; the flags are the same.
+
+        Each stream of this Context advances by one. Nothing that the fork draws is ever drawn by this Context.
+        """
+        return Context({name: self.make_rng(name) for name in self._nnx_cells}, flags=dict(self.__dict__["_flags"]))
+
+    def copy(self, **flags: Any) -> Context:
+        """Make a Context that shares these streams, with some flags changed."""
+        return Context(dict(self._nnx_cells), flags={**dict(self.__dict__["_flags"]), **flags})
+
+    def partition(self) -> tuple[State, ContextDef]:
+        """Split into a State of the streams, to hand to any JAX transform, and the rest.
+
+        Example:
+            >>> import jax, nnx
+            >>> state, contextdef = nnx.context(dropout=0).partition()
+            >>> jax.jit(lambda state: contextdef.merge(state).make_rng("dropout"))(state).shape
+            ()
+        """
+        layout = layout_of(self)
+        return state_of(layout), ContextDef(layout.moduledef)
+
+    def merge(self, *states: State) -> Context:
+        """Make a Context with these flags and the streams of `states`."""
+        return self.partition()[1].merge(*states)
+
+    def __copy__(self) -> Context:
+        return Context({name: _copy_stream(stream) for name, stream in self._nnx_cells.items()}, flags=self.flags)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Context:
+        memo[id(self)] = copied = self.__copy__()
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_unpickle_context, (dict(self._nnx_cells), self.__dict__["_flags"]))
+
+    def __repr__(self) -> str:
+        streams = ", ".join(f"{name}={stream!r}" for name, stream in self._nnx_cells.items())
+        flags = f"flags={dict(self.__dict__['_flags'])!r}" if self.__dict__["_flags"] else ""
+        return f"Context({', '.join(part for part in (streams, flags) if part)})"
+
+
+def _copy_stream(stream: Any) -> RngStream:
+    copied = RngStream(stream._key)
+    copied._value = stream._value
+    return copied
+
+
+def _unpickle_context(cells: dict[str, Any], flags: Any) -> Context:
+    return Context(cells, flags=dict(flags))
+
+
+def context(
+    params: Any = None, /, *, flags: Mapping[str, Any] | None = None, **rngs: Any
+) -> Context:
+    """Make a Context.
+
+    Args:
+        params: the seed of the stream `params`, which makes parameters: an integer, a key, or a raw uint32 key.
+        flags: static values by name, such as `dict(deterministic=True)`.
+        **rngs: seeds of further streams by name, `dropout=1`; None leaves a stream out.
+
+    Example:
+        >>> import nnx
+        >>> ctx = nnx.context(0, dropout=1, flags=dict(deterministic=False))
+        >>> ctx.has_rng("dropout"), ctx.get_flag("deterministic")
+        (True, False)
+    """
+    streams = {name: seed for name, seed in rngs.items() if seed is not None}
+    if params is not None:
+        if "params" in streams:
+            raise ContextError("the stream `params` is given twice: as the first argument and by name")
+        streams = {"params": params, **streams}
+    for name, seed in streams.items():
+        if isinstance(seed, Mapping):
+            raise ContextError(f"the seed of the stream `{name}` is a {type(seed).__name__}; flags are given as flags=dict(...)")
+    return Context(streams, flags=flags)
+

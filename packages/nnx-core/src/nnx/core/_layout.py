@@ -1,0 +1,95 @@
+"""Layout: what a call needs to know of a graph, cached on its root until the structure changes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from nnx.core._graph import Graph, ModuleDef, statics_changed, walk
+from nnx.core._object import Object, set_layout
+from nnx.core._state import State
+from nnx.core._variable import Cell
+
+__all__ = ["Layout", "layout_of", "layout_after", "state_of", "walk_in_turn"]
+
+
+class Layout:
+    """A definition and the cells that it numbers. It is good while `valid` is true and no mutable static was edited.
+
+    Every object of the graph knows the layout weakly and sets `valid` to false before its structure changes. The layout knows
+    cells and statics but no object, so it keeps no Module alive.
+
+    Attributes:
+        moduledef: the definition.
+        cells: the cells, in the order of the definition's schema.
+        statics: the mutable statics, each with its key at the time of the walk.
+        token: stands for this layout in the keys of `after`, without keeping it alive.
+        after: layouts of the same root for calls in which other roots came before it.
+    """
+
+    __slots__ = ("__weakref__", "after", "cells", "moduledef", "statics", "token", "trace", "valid")
+
+    def __init__(self, graph: Graph) -> None:
+        self.valid = True
+        self.moduledef: ModuleDef[Any] = graph.moduledef
+        self.cells: list[Cell] = graph.cells
+        self.statics: list[tuple[Any, Hashable, bool]] = graph.statics
+        self.token = object()
+        self.after: dict[tuple[object, ...], Layout] = {}
+        traces = {cell._trace for cell in graph.cells}
+        # The one trace that all cells belong to lets a call check them all at once; cells of several are checked one by one.
+        self.trace = traces.pop() if len(traces) == 1 else None
+        reference = weakref.ref(self)
+        for instance in graph.objects:
+            known = instance._nnx_layouts
+            if len(known) > 16:
+                known[:] = [item for item in known if item() is not None]
+            known.append(reference)
+
+
+def layout_of(root: Object) -> Layout:
+    """The layout of the graph that starts at `root`: the cached one, or a new one if the structure changed."""
+    layout = root._nnx_layout
+    if layout is not None and layout.valid and (not layout.statics or not statics_changed(layout.statics)):
+        return layout
+    layout = Layout(walk((root,)))
+    set_layout(root, layout)
+    return layout
+
+
+def layout_after(root: Object, earlier: Sequence[tuple[Object, Layout]]) -> Layout:
+    """The layout of `root` where other roots came before it: what these hold already is referred to, not repeated.
+
+    Args:
+        root: the root.
+        earlier: the roots before it with their layouts, in turn.
+    """
+    own = layout_of(root)
+    key = tuple([layout.token for _, layout in earlier])
+    found = own.after.get(key)
+    if found is None:
+        graph = walk_in_turn([*[item for item, _ in earlier], root])[-1]
+        found = own if graph.moduledef is own.moduledef else Layout(graph)
+        if len(own.after) >= 8:
+            own.after.clear()
+        own.after[key] = found
+    return found
+
+
+def walk_in_turn(roots: Sequence[Object]) -> list[Graph]:
+    """Walk roots one after another, each referring to what the walks before it found."""
+    graphs: list[Graph] = []
+    for root in roots:
+        known = None
+        if graphs:
+            objects = [item for graph in graphs for item in graph.objects]
+            cells = [item for graph in graphs for item in graph.cells]
+            known = Graph(graphs[0].moduledef, objects, cells, [])
+        graphs.append(walk((root,), known))
+    return graphs
+
+
+def state_of(layout: Layout) -> State:
+    """The State of a graph: its values as they are now."""
+    return State.from_columns(layout.moduledef.schema, tuple([cell._value for cell in layout.cells]))

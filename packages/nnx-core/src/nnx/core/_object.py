@@ -1,0 +1,108 @@
+"""Object: what Modules and Contexts share: cells beside plain attributes, the trace they were made in, and who caches them."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from nnx.core._errors import TraceContextError
+from nnx.core._state import natural_key
+from nnx.core._tracing import TraceRef, current_trace
+from nnx.core._variable import Cell, trace_error
+
+if TYPE_CHECKING:
+    from nnx.core._layout import Layout
+
+__all__ = ["Object", "check_object_trace", "invalidate", "new_object"]
+
+
+class Object:
+    """A node of the graph: plain attributes in `__dict__` (statics and other Objects), data in `_nnx_cells`.
+
+    The hidden fields are slots, so that `vars(module)` shows a user's own attributes and nothing else.
+    """
+
+    __slots__ = ("__dict__", "__weakref__", "_nnx_cells", "_nnx_initializing", "_nnx_layout", "_nnx_layouts", "_nnx_trace")
+
+    _nnx_cells: dict[str, Cell]
+    _nnx_trace: TraceRef
+    _nnx_layout: Layout | None
+    """The layout of the graph that starts here, if one was made."""
+    _nnx_layouts: list[weakref.ref[Layout]]
+    """The layouts, of whatever root, that this object is part of."""
+    _nnx_initializing: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        _init_object(self)
+        return self
+
+    def _nnx_children(self) -> Iterator[tuple[str, Any]]:
+        """The attributes that belong to the graph, in natural order: Cells, Objects, and static values."""
+        merged = {**_graph_attributes(self), **self._nnx_cells}
+        for name in sorted(merged, key=natural_key):
+            yield name, merged[name]
+
+
+set_cells: Callable[[Object, dict[str, Cell]], None] = Object.__dict__["_nnx_cells"].__set__
+set_object_trace: Callable[[Object, TraceRef], None] = Object.__dict__["_nnx_trace"].__set__
+set_layout: Callable[[Object, Any], None] = Object.__dict__["_nnx_layout"].__set__
+set_layouts: Callable[[Object, Any], None] = Object.__dict__["_nnx_layouts"].__set__
+set_initializing: Callable[[Object, int], None] = Object.__dict__["_nnx_initializing"].__set__
+
+
+def _init_object(instance: Object) -> None:
+    set_cells(instance, {})
+    set_object_trace(instance, current_trace())
+    set_layout(instance, None)
+    set_layouts(instance, [])
+    set_initializing(instance, 0)
+
+
+def new_object(kind: type[Object]) -> Any:
+    """Make an Object without running a user's `__new__` or `__init__`."""
+    instance = object.__new__(kind)
+    _init_object(instance)
+    return instance
+
+
+def _graph_attributes(instance: Object) -> dict[str, Any]:
+    """`__dict__` without what `functools.cached_property` keeps there: a cache is made again, it is no state."""
+    plain = instance.__dict__
+    cached = cached_names(type(instance))
+    if cached:
+        return {name: value for name, value in plain.items() if name not in cached}
+    return plain
+
+
+def cached_names(kind: type) -> frozenset[str]:
+    """The names of a class's cached properties."""
+    found = _CACHED.get(kind)
+    if found is None:
+        names = {name for base in kind.__mro__ for name, item in base.__dict__.items() if isinstance(item, functools.cached_property)}
+        found = _CACHED[kind] = frozenset(names)
+    return found
+
+
+_CACHED: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def invalidate(instance: Object) -> None:
+    """Declare every layout that `instance` is part of out of date: its structure is about to change."""
+    if instance._nnx_layouts:
+        for reference in instance._nnx_layouts:
+            layout = reference()
+            if layout is not None:
+                layout.valid = False
+        set_layouts(instance, [])
+    # A cache may hold what is about to change; dropping it also frees the arrays that only it still knows.
+    set_layout(instance, None)
+
+
+def check_object_trace(instance: Object, what: str, verb: str = "write") -> None:
+    """Raise a TraceContextError unless `instance` was made in the current trace; `what` names the attribute touched."""
+    trace = current_trace()
+    if instance._nnx_trace is not trace:
+        raise TraceContextError(trace_error(what, instance._nnx_trace, trace, verb))

@@ -1,0 +1,51 @@
+"""Which JAX trace are we in: the one place that touches JAX's trace state and its private names."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import jax
+from jax._src import core as _jax_core
+
+__all__ = ["TraceRef", "current_trace", "describe_trace"]
+
+TraceRef = weakref.ref[Any]
+
+_trace_context = _jax_core.trace_ctx
+
+
+def current_trace() -> TraceRef:
+    """Return a token of the current trace: the same object (`is`) within one trace, another one in any other.
+
+    The token holds the trace weakly, so a Module that outlives its trace keeps no tracer alive; and since the token itself is
+    compared, a new trace at a freed address is never mistaken for the old one.
+
+    `jax.extend.core.get_opaque_trace_state` is the public form of the same fact; it builds an object at each call and compares in
+    Python, which an attribute write would feel (0.4 us against 0.15).
+    """
+    return _trace_context.trace._weakref  # type: ignore[no-any-return]
+
+
+def describe_trace(token: TraceRef) -> str:
+    """Name the kind of trace behind a token, for error messages."""
+    trace = token()
+    if trace is None:
+        return "a JAX trace that has ended"
+    name = type(trace).__name__
+    return _TRACE_NAMES.get(name, f"a JAX trace ({name})")
+
+
+_TRACE_NAMES = {
+    "EvalTrace": "eager code (outside of any JAX transform)",
+    "DynamicJaxprTrace": "the body of a staged transform (jax.jit, scan, cond, while_loop, checkpoint, eval_shape, ...)",
+    "JVPTrace": "the body of a differentiation (jax.grad, jax.jvp, ...)",
+    "LinearizeTrace": "the body of a differentiation (jax.grad, jax.vjp, jax.linearize, ...)",
+    "BatchTrace": "the body of jax.vmap",
+    "ShardMapTrace": "the body of jax.shard_map",
+}
+
+
+def is_tracer(value: object) -> bool:
+    """Whether `value` is an abstract value of some trace rather than data."""
+    return isinstance(value, jax.core.Tracer)

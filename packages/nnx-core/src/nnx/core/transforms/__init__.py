@@ -1,0 +1,1 @@
+"""The lifted transforms: JAX's own, for functions of Modules."""
