@@ -39,7 +39,7 @@ assert model.count == 1
 (params, counts), moduledef = model.partition(nnx.Param, Count)
 assert moduledef.merge(params, counts).count == 1
 grads = nnx.grad(lambda model: model(jnp.ones((4, 3))).sum(), wrt=nnx.Param)(model)
-assert grads["kernel"].shape == (3, 2)
+assert grads["kernel"].value.shape == (3, 2)
 """
 
 
