@@ -1,0 +1,176 @@
+"""Optimizer: the stateful twin of TrainState, an nnx Module for the lifted style."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.core import Module, Param, State, StructureError, Variable
+from nnx.train._updates import check_gradients, init_optimizer, known_names, path_list, to_tx, update
+
+__all__ = ["OptState", "Optimizer"]
+
+
+class OptState(Variable):
+    """A leaf of an optimizer's state: a moment, a count, the step."""
+
+    collection = "opt_state"
+
+
+class Optimizer(Module):
+    """An optax transformation with its state, which updates a Module in place.
+
+    It holds no reference to the model: it is handed the model at each update, so the two may be passed to a transform,
+    saved and restored side by side. Each leaf of the optimizer's state is a Variable of its own, at a path such as
+    `opt_state/0/mu/encoder/kernel`; a transform returns those that the update changed.
+
+    optax receives the parameters as a dict of plain arrays by path (`{"encoder/kernel": Array, ...}`), and so do the
+    functions and labels of `optax.masked`, `optax.partition` and their kin.
+
+    An optax transformation is a pair of functions, which compare by identity: two Optimizers with `tx` from two calls
+    of `optax.adam(1e-3)` compile a step twice. Make `tx` once and hand it around.
+
+    Args:
+        model: the Module to be trained.
+        tx: an optax gradient transformation.
+        wrt: the filter of what is trained. The rest is frozen: it takes no optimizer memory. Use the same filter in
+            `nnx.grad(loss, wrt=...)`.
+
+    Attributes:
+        step: the number of updates made so far, an int32 array.
+        tx: the gradient transformation.
+        wrt: the filter.
+
+    Raises:
+        TypeError: `model` is no Module, or `tx` no gradient transformation.
+        StructureError: `wrt` selects nothing of the model.
+
+    Example:
+        >>> import jax.numpy as jnp, nnx, optax
+        >>> class Scale(nnx.Module):
+        ...     def __init__(self):
+        ...         self.factor = nnx.Param(jnp.array(1.0))
+        ...     def __call__(self, x):
+        ...         return self.factor * x
+        >>> model = Scale()
+        >>> optimizer = nnx.Optimizer(model, optax.sgd(0.5))
+        >>> @nnx.jit
+        ... def train_step(model, optimizer, x, y):
+        ...     grads = nnx.grad(lambda model: (model(x) - y) ** 2)(model)
+        ...     optimizer.update(model, grads)
+        >>> train_step(model, optimizer, 1.0, 3.0)
+        >>> print(optimizer.step, model.factor)
+        1 3.0
+    """
+
+    def __init__(self, model: Module, tx: Any, wrt: Any = Param) -> None:
+        if not isinstance(model, Module):
+            raise TypeError(f"Optimizer takes a Module first, got {type(model).__name__}: `Optimizer(model, tx)`")
+        self.tx = to_tx(tx)
+        self.wrt = wrt
+        params = model.filter(wrt)
+        if not params:
+            paths = map("/".join, model.partition()[0].paths)
+            raise StructureError(
+                f"Optimizer: wrt={wrt!r} selects nothing of this {type(model).__name__}: {known_names('', paths)}"
+            )
+        self.step = OptState(jnp.zeros((), jnp.int32))
+        leaves, self._treedef = jax.tree_util.tree_flatten_with_path(init_optimizer(self.tx, params))
+        self._params = params.paths
+        self._leaves = _leaf_paths([path for path, _ in leaves])
+        if self._leaves:
+            self.opt_state = _nested(
+                [(path[1:], OptState(leaf)) for path, (_, leaf) in zip(self._leaves, leaves, strict=True)]
+            )
+
+    def update(self, model: Module, grads: State, **tx_args: Any) -> None:
+        """Change the model's parameters and this optimizer's state in place, by one step.
+
+        Args:
+            model: the Module that this Optimizer was made for, or one of the same structure.
+            grads: the gradients of `model.filter(wrt)`, from `nnx.grad(loss, wrt=wrt)(model)`.
+            **tx_args: what else `tx.update` takes, such as `value`, `grad` and `value_fn` for a line search; States
+                among them are handed on as dicts of arrays, and `value_fn` is called with a State.
+
+        Raises:
+            TypeError: `model` is no Module, or `grads` no State.
+            StructureError: the model's parameters are not those that the Optimizer was made for, or the gradients'
+                paths or shapes are not those of the parameters.
+        """
+        if not isinstance(model, Module):
+            raise TypeError(
+                f"Optimizer.update takes the Module first, got {type(model).__name__}: `optimizer.update(model, grads)`"
+            )
+        params = model.filter(self.wrt)
+        if params.paths != self._params:
+            raise StructureError(_changed_parameters(self._params, params.paths))
+        check_gradients(grads, params, "Optimizer.update")
+        old = self.filter(OptState)
+        opt_state = jax.tree.unflatten(self._treedef, [old[path].value for path in self._leaves])
+        new_params, new_opt_state = update(self.tx, params, grads, opt_state, tx_args)
+        leaves, treedef = jax.tree.flatten(new_opt_state)
+        if treedef != self._treedef:
+            raise StructureError(
+                f"Optimizer.update: tx changed the structure of its state, from {self._treedef} to {treedef}; "
+                "a gradient transformation must return a state like the one that it was given"
+            )
+        values = {("step",): self.step + 1, **dict(zip(self._leaves, leaves, strict=True))}
+        model.update_state(new_params)
+        self.update_state(old.replace_values([values[path] for path in old.paths]))
+
+
+def _leaf_paths(key_paths: list[tuple[Any, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Where each leaf of an optax state is kept: the parts of its JAX path, with paths of parameters split up again."""
+    paths = []
+    for key_path in key_paths:
+        parts = [part for key in key_path for part in _key_text(key).split("/")] or ["value"]
+        paths.append(("opt_state", *map(_attribute_name, parts)))
+    taken = set(paths)
+    clashes = [path for path in taken if paths.count(path) > 1 or any(path[:n] in taken for n in range(1, len(path)))]
+    if clashes:
+        raise StructureError(
+            f"Optimizer: tx has two state leaves at one path: {path_list(sorted(map('/'.join, clashes)))}"
+        )
+    return tuple(paths)
+
+
+def _key_text(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+class _Branch(Module):
+    """A level of the optimizer's state. Not an `nnx.Dict`, which refuses names that a parameter may have, such as `_w`."""
+
+
+def _attribute_name(part: str) -> str:
+    """A part of a path as the name of an attribute: one that would hide a method of Module gets a dot, as no name has."""
+    return f"{part}." if not part or hasattr(_Branch, part) or part.startswith("_nnx_") else part
+
+
+def _nested(items: list[tuple[tuple[str, ...], OptState]]) -> _Branch:
+    root = _Branch()
+    branches: dict[tuple[str, ...], _Branch] = {(): root}
+    for path, variable in items:
+        for end in range(1, len(path)):
+            if path[:end] not in branches:
+                branches[path[:end]] = _Branch()
+                setattr(branches[path[: end - 1]], path[end - 1], branches[path[:end]])
+        setattr(branches[path[:-1]], path[-1], variable)
+    return root
+
+
+def _changed_parameters(before: tuple[tuple[str, ...], ...], now: tuple[tuple[str, ...], ...]) -> str:
+    problems = []
+    if gone := [path for path in before if path not in set(now)]:
+        problems.append(f"gone: {path_list(map('/'.join, gone))}")
+    if new := [path for path in now if path not in set(before)]:
+        problems.append(f"new: {path_list(map('/'.join, new))}")
+    return (
+        "Optimizer.update: the model's parameters are not those that this Optimizer was made for "
+        f"({'; '.join(problems)}). Make a new Optimizer after a change of the model's structure"
+    )
