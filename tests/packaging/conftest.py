@@ -54,15 +54,16 @@ def core_environment(wheels: Mapping[str, Path], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs code in an interpreter: `run_python(code, python=path)`; the interpreter of the tests by default."""
+    bytecode = tmp_path_factory.mktemp("bytecode")
 
     def run(code: str, *, python: Path | str = sys.executable) -> subprocess.CompletedProcess[str]:
-        # Without what points Python at source trees: it would hide what is missing from an installation.
-        environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
-        source_path = os.environ.get("PYTHONPATH")
-        if source_path is not None and python == sys.executable:
-            environment["PYTHONPATH"] = source_path
+        # What points Python at source trees would hide what is missing from an installation. Bytecode is kept, as it is
+        # for users, and beside neither the sources nor the packages.
+        dropped = {"PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV"} | ({"PYTHONPATH"} if python != sys.executable else set())
+        environment = {name: value for name, value in os.environ.items() if name not in dropped}
+        environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
         return subprocess.run(
             [python, "-c", code], check=False, capture_output=True, text=True, env=environment, timeout=300
         )

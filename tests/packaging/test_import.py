@@ -15,7 +15,7 @@ MEASURE = "import time, jax; start = time.process_time(); import nnx; print(time
 
 
 def test_import_is_cheap(run_python: RunPython) -> None:
-    run_python(MEASURE)  # writes the bytecode, as an installation does
+    run_python(MEASURE)  # writes the bytecode
     times = [1000 * float(run_python(MEASURE).stdout) for _ in range(5)]
     assert statistics.median(times) <= BOUND_MS, times
 
