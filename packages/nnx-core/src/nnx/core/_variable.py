@@ -59,6 +59,8 @@ class Metadata(Mapping[str, Any]):
         if found is None:
             found = object.__new__(cls)
             found._items = {name: items[name] for name in sorted(items)}
+            for name in found._items:
+                _give_attribute(name)
             cls._interned[tuple(key)] = found
         return found
 
@@ -265,14 +267,6 @@ class _Held(Cell, Generic[A]):
         """The logical axis names of the value's dimensions, or None."""
         return self._metadata._items.get("sharding")
 
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("__"):
-            try:
-                return object.__getattribute__(self, "_metadata")._items[name]
-            except (AttributeError, KeyError):
-                pass
-        raise AttributeError(f"{type(self).__name__!r} has no attribute or metadata {name!r}")
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CELL_SLOTS or name == "value":
             object.__setattr__(self, name, value)
@@ -319,6 +313,24 @@ class _Held(Cell, Generic[A]):
 
     def __jax_array__(self) -> Any:
         return jax.numpy.asarray(self._value)
+
+
+def _give_attribute(name: str) -> None:
+    """Let `variable.name` read the metadata of that name.
+
+    By a property, and not by `__getattr__`: a class with `__getattr__` reads all its attributes more slowly, `_value` among them,
+    which every call of a compiled function reads once for every Variable.
+    """
+    if hasattr(_Held, name):
+        return
+
+    def read(variable: Cell) -> Any:
+        try:
+            return variable._metadata._items[name]
+        except KeyError:
+            raise AttributeError(f"{type(variable).__name__!r} has no attribute or metadata {name!r}") from None
+
+    setattr(_Held, name, property(read, doc=f"The metadata `{name}`."))
 
 
 def _metadata_of(items: Mapping[str, Any]) -> Metadata:

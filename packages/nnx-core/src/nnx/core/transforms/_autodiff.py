@@ -16,7 +16,7 @@ from nnx.core._layout import layout_of
 from nnx.core._object import Object
 from nnx.core._state import Schema, State, path_text
 from nnx.core._variable import Param
-from nnx.core.transforms._lift import Frame, Inputs, Learned, Packed, finish, is_object, pack, run
+from nnx.core.transforms._lift import Frame, Inputs, Packed, finish, is_object, pack, run
 
 __all__ = ["grad", "value_and_grad"]
 
@@ -152,8 +152,8 @@ def value_and_grad(
             if has_aux:
                 if not (isinstance(out, tuple) and len(out) == 2):
                     raise TypeError(f"with has_aux=True the function returns (scalar, aux), got {type(out).__name__}")
-                return out[0], (out[1], changed, Learned(outcome))
-            return out, (None, changed, Learned(outcome))
+                return out[0], (out[1], changed, outcome)
+            return out, (None, changed, outcome)
 
         (value, (aux, changed, outcome)), (value_grads, bare_grads) = jax.value_and_grad(
             inner, argnums=(0, 1), has_aux=True, holomorphic=holomorphic, allow_int=allow_int

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from nnx.core._object import Object
 from nnx.core._variable import set_value
-from nnx.core.transforms._lift import Frame, Inputs, Learned, Start, _local, finish, lifting, run
+from nnx.core.transforms._lift import Frame, Inputs, Start, _local, finish, lifting, run
 
 __all__ = ["Compiled", "JitWrapped", "Lowered", "jit"]
 
@@ -42,7 +42,7 @@ def _traced(function: Callable[..., Any], donated: tuple[int, ...], donated_name
         # In the order in which JAX flattened them: positional arguments, then keywords by name.
         named = {name: inputs.unpack(kwargs[name], donated=name in donated_names) for name in sorted(kwargs)}
         out, values, outcome = run(function, inputs, built, {name: named[name] for name in kwargs})
-        return out, values, Learned(outcome)
+        return out, values, outcome
 
     held[donated, donated_names] = traced
     return traced

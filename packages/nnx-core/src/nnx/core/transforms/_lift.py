@@ -20,7 +20,7 @@ from nnx.core._tracing import current_trace
 from nnx.core._update import sync
 from nnx.core._variable import Cell, check_cell_trace, set_value
 
-__all__ = ["Frame", "Inputs", "Learned", "Outcome", "Packed", "Start", "finish", "is_object", "is_packed", "lifting", "pack", "register", "run"]
+__all__ = ["Frame", "Inputs", "Outcome", "Packed", "Start", "finish", "is_object", "is_packed", "lifting", "pack", "register", "run"]
 
 
 class Frame:
@@ -196,16 +196,9 @@ class Outcome(NamedTuple):
     written: tuple[bool, ...] = ()
 
 
-class Learned:
-    """Carries an Outcome through JAX, as a pytree without leaves; unflattened it is the Outcome itself."""
-
-    __slots__ = ("outcome",)
-
-    def __init__(self, outcome: Outcome) -> None:
-        self.outcome = outcome
-
-
-jax.tree_util.register_pytree_node(Learned, lambda learned: ((), learned.outcome), lambda outcome, _: outcome)
+# As a pytree an Outcome has no leaves. What comes out of the unflattening must flatten to the same again, or JAX leaves its
+# fast path.
+jax.tree_util.register_pytree_node(Outcome, lambda outcome: ((), outcome), lambda outcome, _: outcome)
 
 
 class Hole(NamedTuple):
