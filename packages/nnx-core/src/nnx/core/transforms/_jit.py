@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from nnx.core._object import Object
 from nnx.core._variable import set_value
-from nnx.core.transforms._lift import Frame, Inputs, Start, _local, finish, lifting, run
+from nnx.core.transforms._lift import NOTHING, Frame, Inputs, _local, finish, lifting, run
 
 __all__ = ["Compiled", "JitWrapped", "Lowered", "jit"]
 
@@ -70,11 +71,12 @@ class JitWrapped(Generic[P, R]):
         for name in ("static_argnums", "donate_argnums"):
             if options.get(name) is not None:
                 options[name] = tuple(n + shift if n >= 0 else n for n in _tuple(options[name]))
-        donated, names = _donations(target, options)
+        donated, names = _named_and_numbered(target, options.get("donate_argnums"), options.get("donate_argnames"))
         self._donates = bool(donated or names)
         self._donated, self._donated_names = donated, names
-        static = _tuple(options.get("static_argnums"))
+        static, _ = _named_and_numbered(target, options.get("static_argnums"), options.get("static_argnames"))
         self._static = frozenset(static)
+        self._plain = not (static or self._donates or self._bound)
         if options.get("in_shardings") is not None:
             options["in_shardings"] = self._in_shardings(options["in_shardings"], shift)
         if options.get("out_shardings") is not None:
@@ -87,39 +89,45 @@ class JitWrapped(Generic[P, R]):
         shardings = [None] * shift + list(given)
         first = self._first_dynamic(len(shardings))
         if first is not None and not (shardings[first] is None or isinstance(shardings[first], jax.sharding.Sharding)):
-            shardings[first] = Start(Frame(), shardings[first])
+            shardings[first] = Frame(shardings[first])
         return tuple(shardings)
 
     def _first_dynamic(self, count: int) -> int | None:
         for i in range(count):
-            if i not in self._static and i - count not in self._static:
+            if i not in self._static:
                 return i
         return None
 
-    def _prepare(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let the frame begin with the first argument that JAX flattens."""
-        first = (0 if args else None) if not self._static else self._first_dynamic(len(args))
-        if first is None:
-            kwargs = {"": Start(frame, None), **kwargs}
-        elif first == 0:
-            args = (Start(frame, args[0]), *args[1:])
-        else:
-            args = (*args[:first], Start(frame, args[first]), *args[first + 1 :])
-        return args, kwargs
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        frame = Frame()
-        if self._bound:
-            args = self._bound + args  # type: ignore[assignment]
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Frame, tuple[Any, ...], dict[str, Any]]:
+        """Put the Frame of a call in the place of the first argument that JAX flattens."""
+        args = self._bound + args
         if self._donates:
             _separate(self, args, kwargs)
-        args, kwargs = self._prepare(frame, args, kwargs)  # type: ignore[assignment]
-        outer = _local.frame
-        _local.frame = frame
-        try:
-            out, values, outcome = self._jitted(*args, **kwargs)
-        finally:
-            _local.frame = outer
+        first = self._first_dynamic(len(args))
+        if first is None:
+            frame = Frame()
+            return frame, args, {"": frame, **kwargs}
+        frame = Frame(args[first])
+        return frame, (*args[:first], frame, *args[first + 1 :]), kwargs
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        # The path of every call: what is spent here is the price of the library.
+        if self._plain and args:
+            frame = Frame(args[0])
+            rest: Any = args[1:]
+            local = _local
+            local.frame = frame
+            try:
+                out, values, outcome = self._jitted(frame, *rest, **kwargs)
+            finally:
+                # Inside a trace the flag is None as well, and a flattening never calls a compiled function.
+                local.frame = None
+        else:
+            frame, lifted, named = self._prepare(args, kwargs)
+            with lifting(frame):
+                out, values, outcome = self._jitted(*lifted, **named)
+        if outcome is NOTHING:
+            return out  # type: ignore[no-any-return]
         return finish(frame, out, values, outcome)  # type: ignore[no-any-return]
 
     @overload
@@ -130,8 +138,7 @@ class JitWrapped(Generic[P, R]):
         return self if instance is None else BoundJit(self, instance)
 
     def _staged(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frame = Frame()
-        args, kwargs = self._prepare(frame, self._bound + args, kwargs)
+        frame, args, kwargs = self._prepare(args, kwargs)
         with lifting(frame):
             return getattr(self._jitted, what)(*args, **kwargs)
 
@@ -202,8 +209,7 @@ class Compiled:
         self._compiled = compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        frame = Frame()
-        args, kwargs = self._wrapped._prepare(frame, self._wrapped._bound + args, kwargs)
+        frame, args, kwargs = self._wrapped._prepare(args, kwargs)
         with lifting(frame):
             out, values, outcome = self._compiled(*args, **kwargs)
         return finish(frame, out, values, outcome)
@@ -212,24 +218,22 @@ class Compiled:
         return getattr(self._compiled, name)
 
 
-def _donations(target: Any, options: dict[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Donated arguments by number and by name, each inferred from the other as jax.jit does."""
-    import inspect
-
-    numbers, names = _tuple(options.get("donate_argnums")), _tuple(options.get("donate_argnames"))
-    if not numbers and not names:
+def _named_and_numbered(target: Any, numbers: Any, names: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Arguments by number and by name, where one is not given inferred from the other, as jax.jit does."""
+    own_numbers, own_names = _tuple(numbers), _tuple(names)
+    if not own_numbers and not own_names:
         return (), ()
     try:
         parameters = list(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):
-        return numbers, names
+    except (TypeError, ValueError):  # builtins have no signature
+        return own_numbers, own_names
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    numbers = tuple(n if n >= 0 else n + len(positional) for n in numbers)
-    if numbers and options.get("donate_argnames") is None:
-        names = tuple(positional[n] for n in numbers if n < len(positional))
-    if names and options.get("donate_argnums") is None:
-        numbers = tuple(positional.index(n) for n in names if n in positional)
-    return tuple(numbers), tuple(names)
+    own_numbers = tuple(n if n >= 0 else n + len(positional) for n in own_numbers)
+    if names is None:
+        own_names = tuple(positional[n] for n in own_numbers if n < len(positional))
+    elif numbers is None:
+        own_numbers = tuple(positional.index(name) for name in own_names if name in positional)
+    return own_numbers, own_names
 
 
 def _separate(wrapped: JitWrapped[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:

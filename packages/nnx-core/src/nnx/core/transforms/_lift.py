@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,19 +21,26 @@ from nnx.core._tracing import current_trace
 from nnx.core._update import sync
 from nnx.core._variable import Cell, check_cell_trace, set_value
 
-__all__ = ["Frame", "Inputs", "Outcome", "Packed", "Start", "finish", "is_object", "is_packed", "lifting", "pack", "register", "run"]
+__all__ = ["Frame", "Inputs", "Outcome", "Packed", "finish", "is_object", "is_packed", "lifting", "pack", "register", "run"]
 
 
 class Frame:
-    """One call's roots, in the order in which JAX meets them while it flattens the arguments, and their layouts."""
+    """One call: the roots, in the order in which JAX meets them while it flattens the arguments, and their layouts.
 
-    __slots__ = ("layouts", "roots")
+    A Frame also stands for the first argument of the call. JAX flattens the arguments more than once when it has to compile;
+    each time it meets the Frame first, which then begins anew, so it always holds the roots of the last time, each once. If
+    the argument is a Module, the Frame flattens in its place, so that the usual call pays for one Python callback, not two.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("argument", "layouts", "roots")
+
+    def __init__(self, argument: Any = None) -> None:
+        self.argument = argument
         self.roots: list[Object] = []
         self.layouts: list[Layout] = []
 
     def enter(self, root: Object) -> Layout:
+        """Add a root."""
         layout = layout_after(root, list(zip(self.roots, self.layouts, strict=True))) if self.roots else layout_of(root)
         self.roots.append(root)
         self.layouts.append(layout)
@@ -124,47 +132,42 @@ def register(kind: type[Object]) -> None:
     jax.tree_util.register_pytree_with_keys(kind, _flatten_with_keys, functools.partial(_shell, kind), _flatten)
 
 
-class Start:
-    """Stands for the first argument of a call and begins the frame anew.
+class _First:
+    """The Frame inside the trace: the first argument, or the Packed of it."""
 
-    JAX flattens the arguments of a call more than once when it has to compile. Each time it meets the Start first, so the
-    frame always holds the roots of the last time, each once. If the argument is a Module, the Start flattens in its place, so
-    that the usual call pays for one Python callback, not two.
-    """
+    __slots__ = ("argument",)
 
-    __slots__ = ("argument", "frame")
-
-    def __init__(self, frame: Frame | None, argument: Any) -> None:
-        self.frame = frame  # None inside the trace
+    def __init__(self, argument: Any) -> None:
         self.argument = argument
 
 
-def _flatten_start(start: Start) -> tuple[Sequence[Any], ModuleDef[Any] | None]:
-    frame, argument = start.frame, start.argument
-    if frame is None:
-        return (argument.values, argument.moduledef) if type(argument) is Packed else ((argument,), None)
-    frame.roots.clear()
-    frame.layouts.clear()
+def _flatten_frame(frame: Frame) -> tuple[Sequence[Any], ModuleDef[Any] | None]:
+    argument = frame.argument
     if isinstance(argument, Object):
         layout = layout_of(argument)
-        frame.roots.append(argument)
-        frame.layouts.append(layout)
+        frame.roots = [argument]
+        frame.layouts = [layout]
         return [cell._value for cell in layout.cells], layout.moduledef
+    if type(argument) is _First:  # flattened again after an unflattening, by JAX itself
+        inner = argument.argument
+        return (inner.values, inner.moduledef) if type(inner) is Packed else ((inner,), None)
+    frame.roots = []
+    frame.layouts = []
     return (argument,), None
 
 
-def _flatten_start_with_keys(start: Start) -> tuple[Any, ModuleDef[Any] | None]:
-    values, moduledef = _flatten_start(start)
+def _flatten_frame_with_keys(frame: Frame) -> tuple[Any, ModuleDef[Any] | None]:
+    values, moduledef = _flatten_frame(frame)
     if moduledef is None:
         return ((jax.tree_util.FlattenedIndexKey(0), values[0]),), None
     return tuple(zip(moduledef.schema.keys, values, strict=True)), moduledef
 
 
-def _unflatten_start(moduledef: ModuleDef[Any] | None, children: Any) -> Any:
-    return Start(None, children[0] if moduledef is None else Packed(moduledef, children))
+def _unflatten_frame(moduledef: ModuleDef[Any] | None, children: Any) -> Any:
+    return Frame(_First(children[0] if moduledef is None else Packed(moduledef, children)))
 
 
-jax.tree_util.register_pytree_with_keys(Start, _flatten_start_with_keys, _unflatten_start, _flatten_start)
+jax.tree_util.register_pytree_with_keys(Frame, _flatten_frame_with_keys, _unflatten_frame, _flatten_frame)
 
 
 def is_object(value: Any) -> bool:
@@ -180,6 +183,7 @@ class Outcome(NamedTuple):
     Attributes:
         writes: for each root with changed cells its number and the positions of these cells in its layout.
         draws: for each stream that was drawn from the root's number, its position, and the number of keys.
+        streams: whether streams are among the cells written.
         holes: whether Modules are part of the output.
         post: the structure afterwards, of the distinct roots and of the Modules returned; None if it stands.
         objects: for each object of `post` its number in the walk over the roots, or -1 for a new one.
@@ -189,6 +193,7 @@ class Outcome(NamedTuple):
 
     writes: tuple[tuple[int, tuple[int, ...]], ...] = ()
     draws: tuple[tuple[int, int, int], ...] = ()
+    streams: bool = False
     holes: bool = False
     post: ModuleDef[Any] | None = None
     objects: tuple[int, ...] = ()
@@ -199,6 +204,10 @@ class Outcome(NamedTuple):
 # As a pytree an Outcome has no leaves. What comes out of the unflattening must flatten to the same again, or JAX leaves its
 # fast path.
 jax.tree_util.register_pytree_node(Outcome, lambda outcome: ((), outcome), lambda outcome, _: outcome)
+
+
+NOTHING = Outcome()
+"""Nothing changed: the one Outcome that a call can tell by identity."""
 
 
 class Hole(NamedTuple):
@@ -236,8 +245,8 @@ class Inputs:
 
     def unpack(self, tree: Any, *, donated: bool = False) -> Any:
         """Put Modules in the place of the Packed in a pytree."""
-        if type(tree) is Start:
-            tree = tree.argument
+        if type(tree) is Frame:
+            tree = tree.argument.argument
         first = len(self.roots)
         tree = jax.tree.map(self._unpack_leaf, tree, is_leaf=is_packed)
         if donated:
@@ -316,7 +325,10 @@ class Inputs:
                     draws.append((number, position - first, cell._drawn))
             if positions:
                 writes.append((number, tuple(positions)))
-        return Outcome(tuple(writes), tuple(draws)), values
+        if not writes and not draws:
+            return NOTHING, values
+        streams = any(type(self.cells[self.spans[k][0] + i]) is RngStream for k, positions in writes for i in positions)
+        return Outcome(tuple(writes), tuple(draws), streams), values
 
     def _changed_structure(self, post: Graph) -> tuple[Outcome, list[Any]]:
         pre = self.pre
@@ -337,7 +349,11 @@ class Inputs:
             elif isinstance(cell, RngStream) and cell._drawn:
                 draws.append((-1, i, cell._drawn))
         return Outcome(
-            (), tuple(draws), False, post.moduledef, tuple(object_numbers.get(id(item), -1) for item in post.objects), tuple(origins), tuple(written)
+            draws=tuple(draws),
+            post=post.moduledef,
+            objects=tuple(object_numbers.get(id(item), -1) for item in post.objects),
+            cells=tuple(origins),
+            written=tuple(written),
         ), values
 
     def _value_out(self, cell: Cell, position: int, graph: Graph | None = None) -> Any:
@@ -411,7 +427,7 @@ def finish(frame: Frame, out: Any, values: Sequence[Any], outcome: Outcome) -> A
     if outcome.post is not None:
         return _finish_structure(frame, out, values, outcome)
     if outcome.writes:
-        _write(frame, values, outcome.writes)
+        _write(frame, values, outcome.writes, outcome.streams)
     for number, position, keys in outcome.draws:
         stream = frame.layouts[number].cells[position]
         check_cell_trace(stream, "RngStream")
@@ -432,7 +448,7 @@ def finish(frame: Frame, out: Any, values: Sequence[Any], outcome: Outcome) -> A
     return jax.tree.map(fill, out, is_leaf=_is_hole)
 
 
-def _write(frame: Frame, values: Sequence[Any], writes: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
+def _write(frame: Frame, values: Sequence[Any], writes: tuple[tuple[int, tuple[int, ...]], ...], streams: bool) -> None:
     trace = current_trace()
     for number, positions in writes:
         layout = frame.layouts[number]
@@ -444,12 +460,12 @@ def _write(frame: Frame, values: Sequence[Any], writes: tuple[tuple[int, tuple[i
         cells = frame.layouts[number].cells
         part = values if len(writes) == 1 else values[start : start + len(positions)]
         start += len(positions)
-        for position, value in zip(positions, part, strict=True):
-            cell = cells[position]
-            if type(cell) is RngStream:
-                cell._value = value
-            else:
-                set_value(cell, value)
+        if streams:
+            for position, value in zip(positions, part, strict=True):
+                cells[position]._value = value  # a stream's value is a property
+        else:
+            # A loop in C over the slot's own setter: this is all that an update costs besides jax.jit's own work.
+            deque(map(set_value, map(cells.__getitem__, positions) if len(positions) < len(cells) else cells, part), 0)
 
 
 def _finish_structure(frame: Frame, out: Any, values: Sequence[Any], outcome: Outcome) -> Any:
