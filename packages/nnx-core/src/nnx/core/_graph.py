@@ -396,7 +396,8 @@ def shadow(kind: type[Object], name: str) -> None:
         if name in base.__dict__:
             item = base.__dict__[name]
             if not isinstance(item, _Shadow) and not hasattr(type(item), "__set__"):
-                setattr(base, name, _Shadow(name, item))
+                # On the instance's own class: the base may be a mixin that other classes use.
+                setattr(kind, name, _Shadow(name, item))
             return
 
 
