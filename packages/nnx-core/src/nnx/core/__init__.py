@@ -10,12 +10,14 @@ from nnx.core._errors import (
     FilterError,
     NnxError,
     PathError,
+    RetraceError,
     ShapeError,
     StaticError,
     StructureError,
     TraceContextError,
     VariableError,
 )
+from nnx.core._explain import CaptureWarning, RetraceWarning, explain_retraces
 from nnx.core._filters import All, Filter, Not, PathGlob, buffers, to_filter
 from nnx.core._filters import Any_ as Any
 from nnx.core._graph import ModuleDef
@@ -45,6 +47,7 @@ __all__ = [
     "AttributeKindError",
     "BatchStat",
     "Cache",
+    "CaptureWarning",
     "Context",
     "ContextDef",
     "ContextError",
@@ -64,6 +67,8 @@ __all__ = [
     "Pure",
     "PureModule",
     "Pytree",
+    "RetraceError",
+    "RetraceWarning",
     "RngStream",
     "Schema",
     "Sequence",
@@ -81,6 +86,7 @@ __all__ = [
     "buffers",
     "context",
     "dataclass",
+    "explain_retraces",
     "field",
     "grad",
     "is_node",

@@ -8,6 +8,7 @@ __all__ = [
     "FilterError",
     "NnxError",
     "PathError",
+    "RetraceError",
     "ShapeError",
     "StaticError",
     "StructureError",
@@ -53,6 +54,10 @@ class PathError(NnxError, KeyError):
 
 class ContextError(NnxError, ValueError):
     """A Context lacks the random stream or the flag that was asked for."""
+
+
+class RetraceError(NnxError, RuntimeError):
+    """A function was traced more often than `max_traces` allows."""
 
 
 class ShapeError(NnxError, ValueError):

@@ -11,9 +11,10 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
+from nnx.core._explain import TraceLog, warn_of_captures
 from nnx.core._object import Object
 from nnx.core._variable import set_value
-from nnx.core.transforms._lift import NOTHING, Frame, Inputs, _local, finish, lifting, run
+from nnx.core.transforms._lift import NOTHING, Frame, Inputs, _local, finish, first_argument, lifting, run
 
 __all__ = ["Compiled", "JitWrapped", "Lowered", "jit"]
 
@@ -24,28 +25,35 @@ T = TypeVar("T")
 _TRACED = "__nnx_traced__"
 
 
-def _traced(function: Callable[..., Any], donated: tuple[int, ...], donated_names: tuple[str, ...]) -> Callable[..., Any]:
+def _traced(
+    function: Callable[..., Any], donated: tuple[int, ...], donated_names: tuple[str, ...], max_traces: int | None
+) -> Callable[..., Any]:
     """The function that JAX traces for a function of Modules: one for each function and donation.
 
     It is kept on the function itself, so that wrapping a function again finds what was compiled for it, and so that nothing
     outlives the function.
     """
     held = function.__dict__.setdefault(_TRACED, {}) if isinstance(function, types.FunctionType) else {}
-    found = held.get((donated, donated_names))
+    found = held.get((donated, donated_names, max_traces))
     if found is not None:
         return found  # type: ignore[no-any-return]
+    log = TraceLog(function)
 
     @functools.wraps(function, updated=())
     def traced(*args: Any, **kwargs: Any) -> Any:
-        inputs = Inputs()
         kwargs.pop("", None)
+        args = tuple([first_argument(arg) for arg in args])
+        log.note(args, kwargs, max_traces)
+        if len(log.signatures) == 1:
+            warn_of_captures(function, "nnx.jit")
+        inputs = Inputs()
         built = [inputs.unpack(arg, donated=i in donated) for i, arg in enumerate(args)]
         # In the order in which JAX flattened them: positional arguments, then keywords by name.
         named = {name: inputs.unpack(kwargs[name], donated=name in donated_names) for name in sorted(kwargs)}
         out, values, outcome = run(function, inputs, built, {name: named[name] for name in kwargs})
         return out, values, outcome
 
-    held[donated, donated_names] = traced
+    held[donated, donated_names, max_traces] = traced
     return traced
 
 
@@ -81,7 +89,7 @@ class JitWrapped(Generic[P, R]):
             options["in_shardings"] = self._in_shardings(options["in_shardings"], shift)
         if options.get("out_shardings") is not None:
             options["out_shardings"] = (options["out_shardings"], None, None)
-        self._jitted = jax.jit(_traced(target, donated, names), **{k: v for k, v in options.items() if v is not None})
+        self._jitted = jax.jit(_traced(target, donated, names, options.pop("max_traces", None)), **{k: v for k, v in options.items() if v is not None})
 
     def _in_shardings(self, given: Any, shift: int) -> Any:
         if not isinstance(given, (tuple, list)):
@@ -270,6 +278,7 @@ def jit(
     donate_argnames: str | Sequence[str] | None = None,
     keep_unused: bool | None = None,
     inline: bool | None = None,
+    max_traces: int | None = None,
 ) -> Any:
     """Compile a function that takes and returns Modules and Contexts, anywhere in its arguments and output.
 
@@ -287,6 +296,7 @@ def jit(
         donate_argnames: the same by name.
         keep_unused: as for `jax.jit`.
         inline: as for `jax.jit`.
+        max_traces: how often the function may be traced; once more is a RetraceError that says what differed.
 
     Returns:
         The compiled function, with `lower`, `trace` and `clear_cache`.
@@ -313,6 +323,7 @@ def jit(
         "donate_argnames": donate_argnames,
         "keep_unused": keep_unused,
         "inline": inline,
+        "max_traces": max_traces,
     }
     if f is None:
         return lambda function: JitWrapped(function, options)

@@ -141,6 +141,11 @@ class _First:
         self.argument = argument
 
 
+def first_argument(argument: Any) -> Any:
+    """What a Frame stands for inside the trace; any other argument as it is."""
+    return argument.argument.argument if type(argument) is Frame else argument
+
+
 def _flatten_frame(frame: Frame) -> tuple[Sequence[Any], ModuleDef[Any] | None]:
     argument = frame.argument
     if isinstance(argument, Object):
@@ -245,8 +250,6 @@ class Inputs:
 
     def unpack(self, tree: Any, *, donated: bool = False) -> Any:
         """Put Modules in the place of the Packed in a pytree."""
-        if type(tree) is Frame:
-            tree = tree.argument.argument
         first = len(self.roots)
         tree = jax.tree.map(self._unpack_leaf, tree, is_leaf=is_packed)
         if donated:
