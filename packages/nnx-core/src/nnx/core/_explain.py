@@ -96,7 +96,7 @@ class TraceLog:
         """
         signature = self._signature(args, kwargs)
         if self.signatures:
-            nearest = min((differences(old, signature) for old in self.signatures), key=len)
+            nearest = min((differences(old, signature) for old in self.signatures), key=_distance)
             lines = nearest or ["the arguments are the same; the mesh, a sharding or JAX's configuration is not"]
             if _explaining:
                 logger.warning("%s retraced: %s", self.name, "; ".join(lines))
@@ -168,6 +168,11 @@ def differences(old: Signature, new: Signature) -> list[str]:
     lines += _changed("argument", old.arrays, new.arrays)
     lines += _changed("static argument", old.statics, new.statics)
     return lines
+
+
+def _distance(lines: Sequence[str]) -> tuple[int, int]:
+    """How far apart two signatures are; of equally near ones the one that differs in an identity tells more."""
+    return len(lines), sum(_BY_IDENTITY not in line for line in lines)
 
 
 def _changed(what: str, old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
