@@ -176,9 +176,11 @@ def _fused(
     query4, key4, value4, bias4, mask4 = map(one_batch_axis, (query, key, value, bias, mask))
     if bias4 is not None:
         bias4 = bias4.astype(statistics_dtype(query.dtype))
-    out = jax.nn.dot_product_attention(
-        query4, key4, value4, bias4, mask4, scale=scale, is_causal=is_causal, implementation=implementation
-    )
+    # JAX's function mixes half precision with float32 inside, which strict promotion forbids. Ours are of one type.
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(
+            query4, key4, value4, bias4, mask4, scale=scale, is_causal=is_causal, implementation=implementation
+        )
     return out.reshape(query.shape)
 
 

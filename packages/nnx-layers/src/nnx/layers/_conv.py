@@ -189,11 +189,18 @@ class Conv(Module):
 
     def _pad(self, x: jax.Array) -> tuple[jax.Array, Any]:
         """Pads `x` itself where `lax` has no name for the padding, and says what is left for `lax` to do."""
-        if not isinstance(self.padding, str) or self.padding in _LAX_PADDINGS:
-            return x, self.padding
         extents = [(size - 1) * dilation for size, dilation in zip(self.kernel_size, self.kernel_dilation, strict=True)]
+        rank = len(extents)
+        if not isinstance(self.padding, str):
+            return x, self.padding
+        if self.padding in _LAX_PADDINGS:
+            if self.input_dilation == (1,) * rank:
+                return x, self.padding
+            # `lax` knows the names only for undilated inputs; they count the gaps as part of the input here.
+            sizes = [(n - 1) * gap + 1 for n, gap in zip(x.shape[1:-1], self.input_dilation, strict=True)]
+            return x, lax.padtype_to_pads(sizes, [extent + 1 for extent in extents], self.strides, self.padding)
         if self.padding == "CAUSAL":
             pads = [(extent, 0) for extent in extents]
         else:
             pads = [(extent // 2, extent - extent // 2) for extent in extents]
-        return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=_PAD_MODES[self.padding]), "VALID"
+        return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=_PAD_MODES[self.padding]), ((0, 0),) * rank

@@ -17,7 +17,7 @@ def canonicalize_dtype(*args: Any, dtype: DTypeLike | None = None, inexact: bool
     Args:
         *args: arrays or scalars; `None` entries are skipped.
         dtype: the dtype to compute in; `None` takes the common type of `args` under JAX's promotion rules.
-        inexact: whether integers and booleans become floating point (float32, or float64 beside float64).
+        inexact: whether integers and booleans become float32.
 
     Returns:
         The dtype.
@@ -36,7 +36,7 @@ def canonicalize_dtype(*args: Any, dtype: DTypeLike | None = None, inexact: bool
     if dtype is None:
         found = jnp.dtype(jnp.result_type(*(x for x in args if x is not None)))
         if inexact and not jnp.issubdtype(found, jnp.inexact):
-            found = jnp.dtype(jnp.promote_types(jnp.float32, found))
+            found = jnp.dtype(jnp.float32)
         return found
     chosen = jnp.dtype(dtype)
     if inexact and not jnp.issubdtype(chosen, jnp.inexact):
@@ -53,7 +53,7 @@ def promote_dtype(args: Iterable[Any], /, *, dtype: DTypeLike | None = None, ine
     Args:
         args: arrays or scalars; `None` entries stay `None`, which suits an absent bias.
         dtype: the dtype to cast to; `None` takes the common type of `args` under JAX's promotion rules.
-        inexact: whether integers and booleans become floating point.
+        inexact: whether integers and booleans become float32.
 
     Returns:
         The arrays, in order, all of one dtype.

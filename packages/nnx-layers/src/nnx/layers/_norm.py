@@ -65,7 +65,7 @@ class _Norm(Module):
         count = None
         if mask is not None:
             mask = _broadcast_mask(self, mask, x.shape)
-            # Before anything else, so that what is masked (it may be NaN) reaches neither a sum nor its gradient.
+            # Before the squares, so that what is masked, which may be NaN, reaches no sum.
             x = jnp.where(mask, x, 0)
             count = self._across(lax.psum, jnp.sum(mask.astype(x.dtype), axis=axes, keepdims=True))
 
@@ -213,7 +213,8 @@ class BatchNorm(_Norm):
         Args:
             x: [batch, ..., num_features], or with the features at `axis`.
             use_running_average: whether to normalise by the running averages; overrides constructor and Context.
-            mask: True where an element counts, broadcastable to `x`. Running averages of a feature without any stay.
+            mask: True where an element counts for the statistics, broadcastable to `x`; all are normalised. Running
+                averages of a feature without any such element stay.
             ctx: carries the flag, if it is set there.
 
         Returns:
@@ -347,7 +348,7 @@ class LayerNorm(_FeatureNorm):
 
         Args:
             x: [..., num_features], or with the features at `feature_axes`.
-            mask: True where an element counts, broadcastable to `x`.
+            mask: True where an element counts for the statistics, broadcastable to `x`; all are normalised.
 
         Returns:
             An array of the shape of `x`.
@@ -371,8 +372,8 @@ class RMSNorm(_FeatureNorm):
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> layer = nnx.RMSNorm(2, ctx=nnx.context(0))
-        >>> print(layer(jnp.array([1.0, 7.0])).round(3))
-        [0.2 1.4]
+        >>> print(layer(jnp.array([2.0, -2.0])).round(3))
+        [ 1. -1.]
     """
 
     def __init__(
@@ -417,7 +418,7 @@ class RMSNorm(_FeatureNorm):
 
         Args:
             x: [..., num_features], or with the features at `feature_axes`.
-            mask: True where an element counts, broadcastable to `x`.
+            mask: True where an element counts for the statistics, broadcastable to `x`; all are normalised.
 
         Returns:
             An array of the shape of `x`.
@@ -511,7 +512,7 @@ class GroupNorm(_Norm):
 
         Args:
             x: [batch, *space, num_features].
-            mask: True where an element counts, broadcastable to `x`.
+            mask: True where an element counts for the statistics, broadcastable to `x`; all are normalised.
 
         Returns:
             An array of the shape of `x`.

@@ -1,0 +1,199 @@
+"""Conv against a direct sum over the kernel's elements."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nnx
+
+BIAS = nnx.initializers.normal(1.0)
+
+
+def reference(x, kernel, bias, *, strides, pads, dilation, groups=1, mode="constant"):
+    """Cross-correlation of [batch, *space, features] in float64, one kernel element at a time."""
+    rank = x.ndim - 2
+    x = np.pad(x.astype(np.float64), [(0, 0), *pads, (0, 0)], mode=mode)
+    size = kernel.shape[:rank]
+    extents = [(k - 1) * d for k, d in zip(size, dilation, strict=True)]
+    out = [(n - e - 1) // s + 1 for n, e, s in zip(x.shape[1:-1], extents, strides, strict=True)]
+    per_in, per_out = kernel.shape[-2], kernel.shape[-1] // groups
+    y = np.zeros((x.shape[0], *out, kernel.shape[-1]))
+    for offset in itertools.product(*map(range, size)):
+        window = tuple(
+            slice(o * d, o * d + (n - 1) * s + 1, s) for o, d, n, s in zip(offset, dilation, out, strides, strict=True)
+        )
+        patch = x[(slice(None), *window)]
+        for g in range(groups):
+            ins, outs = slice(g * per_in, (g + 1) * per_in), slice(g * per_out, (g + 1) * per_out)
+            y[..., outs] += patch[..., ins] @ kernel[offset][:, outs].astype(np.float64)
+    return y + (0 if bias is None else bias)
+
+
+def same_pads(shape, size, strides, dilation):
+    pads = []
+    for n, k, s, d in zip(shape, size, strides, dilation, strict=True):
+        total = max((math.ceil(n / s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        pads.append((total // 2, total - total // 2))
+    return pads
+
+
+def check(layer, x, **options):
+    expected = reference(x, np.asarray(layer.kernel), None if layer.bias is None else np.asarray(layer.bias), **options)
+    y = layer(jnp.asarray(x))
+    assert y.shape == expected.shape
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+GRID = [
+    ((11,), (4,), 1, 1),
+    ((11,), (3,), 2, 3),
+    ((7, 8), (3, 2), 1, 1),
+    ((7, 8), (3, 2), (2, 1), (1, 2)),
+    ((5, 6, 4), (2, 3, 1), (1, 2, 3), 1),
+    ((5, 4, 3, 4), (2, 1, 2, 2), 1, 1),
+]
+
+
+def spread(value, rank):
+    return (value,) * rank if isinstance(value, int) else value
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", "REFLECT", 1, "pairs"])
+@pytest.mark.parametrize(("space", "size", "strides", "dilation"), GRID)
+def test_ranks_paddings_strides_dilations(space, size, strides, dilation, padding, rng):
+    rank = len(space)
+    every, dilate = spread(strides, rank), spread(dilation, rank)
+    extents = [(k - 1) * d for k, d in zip(size, dilate, strict=True)]
+    if padding == "pairs":
+        padding = [(i % 3, (i + 1) % 3) for i in range(rank)]
+    pads = {
+        "SAME": same_pads(space, size, every, dilate),
+        "VALID": [(0, 0)] * rank,
+        "CIRCULAR": [(e // 2, e - e // 2) for e in extents],
+        "REFLECT": [(e // 2, e - e // 2) for e in extents],
+        1: [(1, 1)] * rank,
+    }.get(padding if isinstance(padding, str | int) else None, padding)
+    layer = nnx.Conv(2, 3, size, strides, padding=padding, kernel_dilation=dilation, bias_init=BIAS, ctx=nnx.context(0))
+    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}.get(padding if isinstance(padding, str) else None, "constant")
+    x = rng.normal(size=(2, *space, 2)).astype(np.float32)
+    check(layer, x, strides=every, pads=pads, dilation=dilate, mode=mode)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_causal(dilation, rng):
+    layer = nnx.Conv(2, 3, 3, padding="CAUSAL", kernel_dilation=dilation, bias_init=BIAS, ctx=nnx.context(0))
+    x = rng.normal(size=(2, 10, 2)).astype(np.float32)
+    check(layer, x, strides=(1,), pads=[(2 * dilation, 0)], dilation=(dilation,))
+    later = x.copy()
+    later[:, 6:] = 7
+    np.testing.assert_array_equal(layer(jnp.asarray(x))[:, :6], layer(jnp.asarray(later))[:, :6])
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "groups"), [(4, 6, 2), (4, 4, 4), (4, 8, 4)])
+def test_groups(n_in, n_out, groups, rng):
+    layer = nnx.Conv(n_in, n_out, (3, 3), feature_group_count=groups, bias_init=BIAS, ctx=nnx.context(0))
+    assert layer.kernel.shape == (3, 3, n_in // groups, n_out)
+    x = rng.normal(size=(2, 5, 6, n_in)).astype(np.float32)
+    check(layer, x, strides=(1, 1), pads=[(1, 1), (1, 1)], dilation=(1, 1), groups=groups)
+
+
+@pytest.mark.parametrize(("padding", "strides"), [("VALID", 1), ("SAME", 1), ("SAME", 2), ([(2, 1)], 1)])
+def test_input_dilation_puts_zeros_between_inputs(padding, strides, rng):
+    layer = nnx.Conv(2, 3, 4, strides, padding=padding, input_dilation=2, ctx=nnx.context(0))
+    x = rng.normal(size=(1, 5, 2)).astype(np.float32)
+    spaced = np.zeros((1, 9, 2), np.float32)
+    spaced[:, ::2] = x
+    plain = nnx.Conv(2, 3, 4, strides, padding=padding, ctx=nnx.context(0))
+    np.testing.assert_allclose(layer(jnp.asarray(x)), plain(jnp.asarray(spaced)), rtol=1e-5, atol=1e-5)
+
+
+def test_same_lower_puts_the_odd_element_before(rng):
+    layer = nnx.Conv(2, 3, 4, padding="SAME_LOWER", ctx=nnx.context(0))
+    check(layer, rng.normal(size=(1, 9, 2)).astype(np.float32), strides=(1,), pads=[(2, 1)], dilation=(1,))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR", "CAUSAL", [(1, 0)]])
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,), (2, 0)])
+def test_any_number_of_batch_axes(batch, padding, rng):
+    layer = nnx.Conv(2, 3, 3, padding=padding, ctx=nnx.context(0))
+    x = jnp.asarray(rng.normal(size=(*batch, 8, 2)).astype(np.float32))
+    y = layer(x)
+    assert y.shape[:-2] == batch
+    if x.size:
+        for index in np.ndindex(batch):
+            np.testing.assert_allclose(y[index], layer(x[index]), rtol=1e-5, atol=1e-6)
+
+
+def test_mask_multiplies_the_kernel_and_its_gradient(rng):
+    mask = np.tril(np.ones((3, 2, 3)))
+    layer = nnx.Conv(2, 3, 3, mask=mask, ctx=nnx.context(0))
+    x = jnp.asarray(rng.normal(size=(2, 8, 2)).astype(np.float32))
+    plain = nnx.Conv(2, 3, 3, ctx=nnx.context(0))
+    plain.kernel = plain.kernel * jnp.asarray(mask, jnp.float32)
+    np.testing.assert_allclose(layer(x), plain(x), rtol=1e-6)
+    gradients = nnx.grad(lambda layer: (layer(x) ** 2).sum(), wrt=nnx.Param)(layer)
+    np.testing.assert_array_equal(np.asarray(gradients["kernel"].value)[mask == 0], 0)
+    assert np.all(np.asarray(gradients["kernel"].value)[mask == 1] != 0)
+
+
+def test_without_bias():
+    layer = nnx.Conv(2, 3, 3, use_bias=False, ctx=nnx.context(0))
+    assert layer.bias is None
+    np.testing.assert_array_equal(layer(jnp.zeros((1, 5, 2))), 0)
+
+
+def test_fan_in_counts_the_receptive_field():
+    layer = nnx.Conv(50, 100, (3, 3), ctx=nnx.context(0))
+    assert float(jnp.var(layer.kernel)) == pytest.approx(1 / (9 * 50), rel=0.05)
+
+
+def test_options_are_static_and_a_second_model_compiles_nothing():
+    traces = []
+
+    @nnx.jit
+    def run(layer, x):
+        traces.append(1)
+        return layer(x)
+
+    for strides, padding in [([1, 2], [1, (0, 1)]), ((1, 2), ((1, 1), (0, 1)))]:
+        run(nnx.Conv(1, 2, [3, 3], strides, padding=padding, ctx=nnx.context(0)), jnp.ones((1, 8, 8, 1)))
+    assert len(traces) == 1
+
+
+def test_gradients_are_finite():
+    def loss(x):
+        return (nnx.Conv(2, 3, (3, 3), padding="REFLECT", ctx=nnx.context(0))(x) ** 2).sum()
+
+    assert bool(jnp.isfinite(jax.grad(loss)(jnp.ones((1, 6, 6, 2)))).all())
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 2), (8, 3), (2, 8, 8, 4), (3,)])
+def test_wrong_inputs(shape):
+    layer = nnx.Conv(3, 4, (3, 3), ctx=nnx.context(0))
+    wanted = (
+        r"Conv: expected `inputs` of shape \[\.\.\., space, space, 3\] \(kernel_size=\(3, 3\), in_features=3\), got \("
+    )
+    with pytest.raises(nnx.ShapeError, match=wanted):
+        layer(jnp.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": "CAUSAL"}, "CAUSAL padding needs one spatial axis"),
+        ({"padding": "FULL"}, "unknown padding 'FULL': use one of CAUSAL, CIRCULAR, REFLECT, SAME, SAME_LOWER, VALID"),
+        ({"padding": [(1, 1)]}, "for each of 2 spatial dimensions"),
+        ({"padding": [(1, 1, 1), (1, 1)]}, "for each of 2 spatial dimensions"),
+        ({"strides": (1, 2, 3)}, "strides needs an int or 2 ints"),
+        ({"kernel_dilation": (2,)}, "kernel_dilation needs an int or 2 ints"),
+        ({"feature_group_count": 2}, "feature_group_count=2 must divide in_features=3 and out_features=4"),
+        ({"mask": np.ones((3, 3))}, r"expected `mask` of the kernel's shape \(3, 3, 3, 4\), got \(3, 3\)"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        nnx.Conv(3, 4, (3, 3), ctx=nnx.context(0), **options)
