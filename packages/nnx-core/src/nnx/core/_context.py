@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import zlib
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,7 +16,7 @@ import numpy as np
 from nnx.core._errors import ContextError
 from nnx.core._graph import ModuleDef
 from nnx.core._layout import layout_of, state_of
-from nnx.core._object import Object, check_object_trace
+from nnx.core._object import Object, check_object_trace, set_origin
 from nnx.core._state import State, check_part
 from nnx.core._variable import Cell, Metadata, check_cell_trace, set_metadata, set_owned, set_trace
 from nnx.core._tracing import current_trace
@@ -221,7 +222,7 @@ class Context(Object):
                 f"nnx.context({name}=seed)"
             )
         if self._nnx_trace is not current_trace():
-            check_object_trace(self, f"Context.make_rng({name!r})", "draw from")
+            check_object_trace(self, f"make_rng({name!r})", "draw from")
         return stream.next(name)  # type: ignore[attr-defined, no-any-return]
 
     def has_rng(self, name: str) -> bool:
@@ -316,5 +317,8 @@ def context(
     for name, seed in streams.items():
         if isinstance(seed, Mapping):
             raise ContextError(f"the seed of the stream `{name}` is a {type(seed).__name__}; flags are given as flags=dict(...)")
-    return Context(streams, flags=flags)
+    made = Context(streams, flags=flags)
+    frame = sys._getframe(1)
+    set_origin(made, (frame.f_code, frame.f_lineno))
+    return made
 

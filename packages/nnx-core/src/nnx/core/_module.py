@@ -17,10 +17,12 @@ from nnx.core._layout import layout_of, state_of
 from nnx.core._nodes import is_data
 from nnx.core._object import (
     Object,
+    attribute_name,
     cached_names,
     check_object_trace,
     invalidate,
     new_object,
+    origin_of,
     set_initializing,
 )
 from nnx.core._pure import Pure, caller, states_of
@@ -124,7 +126,7 @@ class Module(Object):
             cell = self._nnx_cells.get(name)
             if cell is not None and type(cell) is not Buffer and not isinstance(value, (Cell, Object)) and not cell.structural:
                 if cell._trace is not current_trace():
-                    check_cell_trace(cell, _attribute_name(self, name))
+                    check_cell_trace(cell, attribute_name(self, name), origin_of(self))
                 set_value(cell, value)
             else:
                 _assign(self, name, value)
@@ -137,7 +139,7 @@ class Module(Object):
                 return
             if name not in self._nnx_cells and name not in held:
                 _missing_attribute(self, name)
-            check_object_trace(self, _attribute_name(self, name), "delete")
+            check_object_trace(self, name, "delete")
             invalidate(self)
             if name in self._nnx_cells:
                 del self._nnx_cells[name]
@@ -262,7 +264,7 @@ class Module(Object):
         if isinstance(cell, (Variable, Node)):
             return cell
         if cell is not None or name in self.__dict__:
-            raise AttributeError(f"`{_attribute_name(self, name)}` is not a Variable")
+            raise AttributeError(f"`{attribute_name(self, name)}` is not a Variable")
         return _missing_attribute(self, name)
 
     def sow(
@@ -297,17 +299,17 @@ class Module(Object):
         cell = self._nnx_cells.get(name)
         if cell is None:
             if name in self.__dict__ or _class_attribute(type(self), name) is not None:
-                raise VariableError(f"cannot sow into `{_attribute_name(self, name)}`: the name is already an attribute or a method")
+                raise VariableError(f"cannot sow into `{attribute_name(self, name)}`: the name is already an attribute or a method")
             setattr(self, name, kind(reduce_fn(init_fn(), value)))
             return
         if type(cell) is not kind:
             raise VariableError(
-                f"cannot sow a {kind.__name__} into `{_attribute_name(self, name)}`, which is a {type(cell).__name__}: use another name"
+                f"cannot sow a {kind.__name__} into `{attribute_name(self, name)}`, which is a {type(cell).__name__}: use another name"
             )
         try:
             joined = reduce_fn(cell._value, value)
         except TypeError as error:
-            raise VariableError(f"cannot sow into `{_attribute_name(self, name)}`: it holds a {type(cell._value).__name__}") from error
+            raise VariableError(f"cannot sow into `{attribute_name(self, name)}`: it holds a {type(cell._value).__name__}") from error
         setattr(self, name, joined)
 
     def for_each(self, module_type: type[N], fn: Callable[[N], Any]) -> None:
@@ -441,10 +443,6 @@ def _copy_value(value: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, value)
 
 
-def _attribute_name(module: Object, name: str) -> str:
-    return f"{type(module).__name__}.{name}"
-
-
 def _class_attribute(kind: type, name: str) -> Any:
     """The raw class attribute, without running descriptors; None if there is none."""
     for base in kind.__mro__:
@@ -483,7 +481,7 @@ def _assign(module: Module, name: str, value: Any) -> None:
     if isinstance(value, Object):
         if isinstance(existing, (Variable, Node)):
             raise AttributeKindError(
-                f"cannot assign a {type(value).__name__} to `{_attribute_name(module, name)}`, which is a {type(existing).__name__}: "
+                f"cannot assign a {type(value).__name__} to `{attribute_name(module, name)}`, which is a {type(existing).__name__}: "
                 f"`del module.{name}` first"
             )
         if plain.get(name) is not value:
@@ -495,10 +493,10 @@ def _assign(module: Module, name: str, value: Any) -> None:
             return
         if not (is_data(value) or value is None or isinstance(value, (int, float, complex, np.generic))):
             raise AttributeKindError(
-                f"cannot assign a {type(value).__name__} to `{_attribute_name(module, name)}`, which holds an array: an attribute "
+                f"cannot assign a {type(value).__name__} to `{attribute_name(module, name)}`, which holds an array: an attribute "
                 f"keeps its kind. `del module.{name}` first, or use another name"
             )
-        check_cell_trace(existing, _attribute_name(module, name))
+        check_cell_trace(existing, attribute_name(module, name), origin_of(module))
         existing._value = value
         return
     if is_plain_scalar(value):
@@ -506,7 +504,7 @@ def _assign(module: Module, name: str, value: Any) -> None:
     elif is_data(value):
         _put_cell(module, name, new_cell(Buffer, value, owned=True))
     else:
-        converted = _convert(value, _attribute_name(module, name), name)
+        converted = _convert(value, module, name)
         if isinstance(converted, Object):
             _put_plain(module, name, converted)
         else:
@@ -517,16 +515,17 @@ def _assign_cell(module: Module, name: str, value: Any, existing: Cell | None) -
     if existing is value:
         return
     if isinstance(value, (Variable, Node)):
-        _check_no_modules(value._value, _attribute_name(module, name))
+        _check_no_modules(value._value, module, name)
     if isinstance(existing, (Variable, Node)) and not isinstance(value, Static):
-        check_equivalent(_attribute_name(module, name), type(existing), existing._metadata, type(value), value._metadata)
+        if not existing.is_equivalent(value):  # asked first, as finding the attribute's path for the error takes time
+            check_equivalent(attribute_name(module, name), type(existing), existing._metadata, type(value), value._metadata)
         if not value._owned:
-            check_cell_trace(existing, _attribute_name(module, name))
+            check_cell_trace(existing, attribute_name(module, name), origin_of(module))
             set_value(existing, value._value)
             return
     elif isinstance(existing, (Variable, Node)):
         raise VariableError(
-            f"`{_attribute_name(module, name)}` is a {type(existing).__name__} and cannot become static: `del module.{name}` first"
+            f"`{attribute_name(module, name)}` is a {type(existing).__name__} and cannot become static: `del module.{name}` first"
         )
     if value._trace is None:
         value = new_cell(type(value), value._value, value._metadata)
@@ -534,7 +533,7 @@ def _assign_cell(module: Module, name: str, value: Any, existing: Cell | None) -
 
 
 def _put_cell(module: Module, name: str, cell: Cell) -> None:
-    check_object_trace(module, _attribute_name(module, name))
+    check_object_trace(module, name)
     invalidate(module)
     set_owned(cell, True)
     module.__dict__.pop(name, None)
@@ -544,7 +543,7 @@ def _put_cell(module: Module, name: str, cell: Cell) -> None:
 
 
 def _put_plain(module: Module, name: str, value: Any) -> None:
-    check_object_trace(module, _attribute_name(module, name))
+    check_object_trace(module, name)
     invalidate(module)
     module._nnx_cells.pop(name, None)
     module.__dict__[name] = value
@@ -557,7 +556,7 @@ def _assign_static(module: Module, name: str, value: Any) -> None:
         if old is value or (not isinstance(old, Object) and _equal_statics(old, value)):
             # The structure stands, but not if the new object may later be edited behind the old one's back.
             if old is not value:
-                check_object_trace(module, _attribute_name(module, name))
+                check_object_trace(module, name)
                 if not is_plain_scalar(value):
                     invalidate(module)
                 plain[name] = value
@@ -572,13 +571,13 @@ def _equal_statics(old: Any, new: Any) -> bool:
         return False
 
 
-def _check_no_modules(value: Any, what: str) -> None:
+def _check_no_modules(value: Any, module: Module, name: str) -> None:
     if isinstance(value, (jax.Array, np.ndarray)) or is_plain_scalar(value):
         return
     for leaf in _container_leaves(value):
         if isinstance(leaf, (Object, Cell)):
             raise AttributeKindError(
-                f"the value of `{what}` holds a {type(leaf).__name__}: a Variable or Node holds arrays. Assign the Module to an "
+                f"the value of `{attribute_name(module, name)}` holds a {type(leaf).__name__}: a Variable or Node holds arrays. Assign the Module to an "
                 "attribute of its own, or use nnx.Sequence or nnx.Dict"
             )
 
@@ -600,7 +599,7 @@ def _container_leaves(value: Any) -> list[Any]:
     return leaves
 
 
-def _convert(value: Any, what: str, name: str) -> Any:
+def _convert(value: Any, module: Module, name: str) -> Any:
     """Turn a container of Modules into a Sequence or Dict; refuse one that mixes in data; leave any other value as it is."""
     leaves = _container_leaves(value)
     modules = [leaf for leaf in leaves if isinstance(leaf, Object)]
@@ -621,7 +620,7 @@ def _convert(value: Any, what: str, name: str) -> Any:
         else f"nnx.Node to hold the whole pytree as data: `self.{name} = nnx.Node(...)`; nnx.Param to train it; nnx.Static for constants"
     )
     raise AttributeKindError(
-        f"cannot assign a {type(value).__name__} that holds a {kind} to `{what}`: it would be static, so its changes and gradients "
+        f"cannot assign a {type(value).__name__} that holds a {kind} to `{attribute_name(module, name)}`: it would be static, so its changes and gradients "
         f"would be lost. Use {fix}"
     )
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from nnx.core._errors import TraceContextError
-from nnx.core._state import natural_key
+from nnx.core._state import Path, natural_key, path_text
 from nnx.core._tracing import TraceRef, current_trace
 from nnx.core._variable import Cell, trace_error
 
 if TYPE_CHECKING:
     from nnx.core._layout import Layout
 
-__all__ = ["Object", "check_object_trace", "invalidate", "new_object"]
+__all__ = ["Object", "attribute_name", "check_object_trace", "invalidate", "new_object", "origin_of"]
 
 
 class Object:
@@ -24,7 +26,7 @@ class Object:
     The hidden fields are slots, so that `vars(module)` shows a user's own attributes and nothing else.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_nnx_cells", "_nnx_initializing", "_nnx_layout", "_nnx_layouts", "_nnx_trace")
+    __slots__ = ("__dict__", "__weakref__", "_nnx_cells", "_nnx_initializing", "_nnx_layout", "_nnx_layouts", "_nnx_origin", "_nnx_trace")
 
     _nnx_cells: dict[str, Cell]
     _nnx_trace: TraceRef
@@ -33,10 +35,14 @@ class Object:
     _nnx_layouts: list[weakref.ref[Layout]]
     """The layouts, of whatever root, that this object is part of."""
     _nnx_initializing: int
+    _nnx_origin: tuple[types.CodeType, int] | None
+    """The line that made it, for errors; None for an object that merge or a transform built."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)
         _init_object(self)
+        frame = sys._getframe(1)
+        set_origin(self, (frame.f_code, frame.f_lineno))
         return self
 
     def _nnx_children(self) -> Iterator[tuple[str, Any]]:
@@ -52,6 +58,8 @@ set_layout: Callable[[Object, Any], None] = Object.__dict__["_nnx_layout"].__set
 set_layouts: Callable[[Object, Any], None] = Object.__dict__["_nnx_layouts"].__set__
 set_initializing: Callable[[Object, int], None] = Object.__dict__["_nnx_initializing"].__set__
 
+set_origin: Callable[[Object, tuple[types.CodeType, int] | None], None] = Object.__dict__["_nnx_origin"].__set__
+
 
 def _init_object(instance: Object) -> None:
     set_cells(instance, {})
@@ -59,6 +67,7 @@ def _init_object(instance: Object) -> None:
     set_layout(instance, None)
     set_layouts(instance, [])
     set_initializing(instance, 0)
+    set_origin(instance, None)
 
 
 def new_object(kind: type[Object]) -> Any:
@@ -101,8 +110,32 @@ def invalidate(instance: Object) -> None:
     set_layout(instance, None)
 
 
-def check_object_trace(instance: Object, what: str, verb: str = "write") -> None:
-    """Raise a TraceContextError unless `instance` was made in the current trace; `what` names the attribute touched."""
+def check_object_trace(instance: Object, name: str, verb: str = "write") -> None:
+    """Raise a TraceContextError unless `instance` was made in the current trace; `name` is the attribute touched."""
     trace = current_trace()
     if instance._nnx_trace is not trace:
-        raise TraceContextError(trace_error(what, instance._nnx_trace, trace, verb))
+        what = attribute_name(instance, name) if name else type(instance).__name__
+        raise TraceContextError(trace_error(what, instance._nnx_trace, trace, verb, origin_of(instance)))
+
+
+def origin_of(instance: Object) -> str:
+    """The line that made an object, as `file:line`; empty where it is not known."""
+    if instance._nnx_origin is None:
+        return ""
+    code, line = instance._nnx_origin
+    return f"{code.co_filename}:{line}"
+
+
+def attribute_name(instance: Object, name: str) -> str:
+    """An attribute as errors name it: by class, and by path from the root where a layout knows it."""
+    path: Path = ()
+    for reference in instance._nnx_layouts:
+        layout = reference()
+        if layout is None:
+            continue
+        own = {id(cell) for cell in instance._nnx_cells.values()}
+        for cell, known in zip(layout.cells, layout.moduledef.schema.paths, strict=True):
+            if id(cell) in own and len(known) > len(path):
+                path = known
+    where = f" at {path_text((*path[:-1], name))}" if len(path) > 1 else ""
+    return f"{type(instance).__name__}.{name}{where}"

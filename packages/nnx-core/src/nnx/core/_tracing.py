@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import types
 import weakref
 from typing import Any
 
 import jax
 from jax._src import core as _jax_core
 
-__all__ = ["TraceRef", "current_trace", "describe_trace"]
+__all__ = ["TraceRef", "calling_line", "current_trace", "describe_trace", "is_tracer"]
 
 TraceRef = weakref.ref[Any]
 
@@ -28,22 +31,40 @@ def current_trace() -> TraceRef:
 
 
 def describe_trace(token: TraceRef) -> str:
-    """Name the kind of trace behind a token, for error messages."""
+    """Say what kind of trace a token stands for, and which function is traced where JAX knows it."""
     trace = token()
     if trace is None:
         return "a JAX trace that has ended"
     name = type(trace).__name__
-    return _TRACE_NAMES.get(name, f"a JAX trace ({name})")
+    text = _TRACE_NAMES.get(name, f"a JAX trace ({name})")
+    info = getattr(getattr(trace, "frame", None), "debug_info", None)
+    if info is not None:
+        text += f": {info.traced_for} of {info.func_src_info}"
+    return text
 
 
 _TRACE_NAMES = {
-    "EvalTrace": "eager code (outside of any JAX transform)",
-    "DynamicJaxprTrace": "the body of a staged transform (jax.jit, scan, cond, while_loop, checkpoint, eval_shape, ...)",
-    "JVPTrace": "the body of a differentiation (jax.grad, jax.jvp, ...)",
-    "LinearizeTrace": "the body of a differentiation (jax.grad, jax.vjp, jax.linearize, ...)",
+    "EvalTrace": "eager code, outside of any JAX transform",
+    "DynamicJaxprTrace": "the body of a staged transform",
+    "JVPTrace": "the body of a derivative (jax.grad, jax.jvp, ...)",
+    "LinearizeTrace": "the body of a derivative (jax.grad, jax.vjp, ...)",
     "BatchTrace": "the body of jax.vmap",
     "ShardMapTrace": "the body of jax.shard_map",
 }
+
+_OWN_FILES = os.path.dirname(os.path.abspath(__file__))
+_JAX_FILES = os.path.dirname(os.path.abspath(jax.__file__))
+
+
+def calling_line() -> str:
+    """The line of the user's code that is running: the innermost frame outside of nnx and JAX, as `file:line`."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith((_OWN_FILES, _JAX_FILES)):
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown line"
 
 
 def is_tracer(value: object) -> bool:

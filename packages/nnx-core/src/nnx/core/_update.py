@@ -9,7 +9,7 @@ from typing import Any
 from nnx.core._errors import PathError, StructureError
 from nnx.core._graph import CELL, METHOD, OBJECT, Attribute, ModuleDef, check_equivalent, fill, shadow, walk
 from nnx.core._layout import layout_of
-from nnx.core._object import Object, check_object_trace, invalidate, new_object
+from nnx.core._object import Object, check_object_trace, invalidate, new_object, origin_of
 from nnx.core._state import Path, State, near_misses, path_text
 from nnx.core._static import StaticProblem, fingerprint
 from nnx.core._variable import Buffer, Cell, Static, check_cell_trace, new_cell
@@ -40,11 +40,11 @@ def update_values(root: Object, states: Sequence[State]) -> None:
             cell = layout.cells[position]
             if kind is not Buffer:
                 check_equivalent(path_text(path), type(cell), cell._metadata, kind, metadata)
-            check_cell_trace(cell, path_text(path))
+            check_cell_trace(cell, f"{path_text(path)} of the {type(root).__name__}", origin_of(root))
             writes.append((cell, value))
     parents = [_parent_of(root, path) for path in extra]
     for parent, path in zip(parents, extra, strict=True):
-        check_object_trace(parent, path_text(path))
+        check_object_trace(parent, path[-1])
     for cell, value in writes:
         cell._value = value
     for parent, (path, kind, metadata, value) in zip(parents, extra.values(), strict=True):
@@ -92,7 +92,7 @@ def remove_cells(root: Object, gone: Sequence[Cell]) -> None:
     for instance in walk((root,)).objects:
         names = [name for name, cell in instance._nnx_cells.items() if id(cell) in ids]
         if names:
-            check_object_trace(instance, f"{type(instance).__name__}.{names[0]}", "delete")
+            check_object_trace(instance, names[0], "delete")
             holders.append((instance, names))
     for instance, names in holders:
         invalidate(instance)
@@ -159,7 +159,7 @@ def sync(
     for instance, old, node in zip(all_objects, objects, moduledef.nodes, strict=True):
         if old is None or _differs(instance, node.attributes, all_objects, all_cells):
             if old is not None:
-                check_object_trace(instance, f"the structure of a {type(instance).__name__}")
+                check_object_trace(instance, "")
             changed.append((instance, node.attributes))
     copies: dict[int, Any] = {}
     for instance, attributes in changed:

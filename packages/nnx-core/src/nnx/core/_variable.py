@@ -13,7 +13,7 @@ import jax
 
 from nnx.core._errors import TraceContextError, VariableError
 from nnx.core._static import StaticProblem, fingerprint
-from nnx.core._tracing import TraceRef, current_trace, describe_trace
+from nnx.core._tracing import TraceRef, calling_line, current_trace, describe_trace
 
 __all__ = [
     "BatchStat",
@@ -181,8 +181,8 @@ def write_cell(cell: Cell, value: Any) -> None:
     set_value(cell, value)
 
 
-def check_cell_trace(cell: Cell, what: str) -> None:
-    """Raise unless `cell` may be written here and now; `what` names it in the error."""
+def check_cell_trace(cell: Cell, what: str, origin: str = "") -> None:
+    """Raise unless `cell` may be written here and now; `what` names it in the error, `origin` is where its Module was made."""
     trace = current_trace()
     if cell._trace is trace:
         return
@@ -191,15 +191,15 @@ def check_cell_trace(cell: Cell, what: str) -> None:
             f"cannot write `{what}`: this {type(cell).__name__} came out of a State or a pytree, so the write would be lost. "
             "Write to the Module's attribute, or build a new Variable with `variable.replace(value)`."
         )
-    raise TraceContextError(trace_error(what, cell._trace, trace, "write"))
+    raise TraceContextError(trace_error(what, cell._trace, trace, "write", origin))
 
 
-def trace_error(what: str, made: TraceRef, used: TraceRef, verb: str) -> str:
+def trace_error(what: str, made: TraceRef, used: TraceRef, verb: str, origin: str = "") -> str:
     """The message of a TraceContextError: what was touched, where it was made, where it is used, and the way out."""
     return (
         f"cannot {verb} `{what}` here, since it belongs to another JAX trace.\n"
-        f"  made in: {describe_trace(made)}\n"
-        f"  used in: {describe_trace(used)}\n"
+        f"  made{' at ' + origin if origin else ''} in {describe_trace(made)}\n"
+        f"  used at {calling_line()} in {describe_trace(used)}\n"
         "A change made here would leak a tracer or be lost when the trace ends. Pass the object as an argument through a lifted "
         "transform (nnx.jit, nnx.grad, ...), which carries changes out; or use the functional API: "
         "`state, moduledef = module.partition()` outside, `moduledef.merge(state)` inside, and return the new state."
