@@ -495,13 +495,16 @@ def without_cells(moduledef: ModuleDef[Any], gone: set[int]) -> ModuleDef[Any]:
 
 def check_equivalent(what: str, kind: type[Cell], metadata: Any, other_kind: type[Cell], other_metadata: Any) -> None:
     """Raise unless a Variable of one type and metadata may take the value of a Variable of another."""
+    if other_kind is kind and other_metadata is metadata:
+        return
+    # `what` is a path with slashes, or a class and its attribute with a dot.
+    name = what.rpartition("/" if "/" in what else ".")[2]
     if other_kind is not kind:
         raise VariableError(
             f"`{what}` is a {kind.__name__}, but the value given for it is in a {other_kind.__name__}: "
-            f"delete the attribute first (`del module.{what.rpartition('/')[2]}`) to change its collection"
+            f"delete the attribute first (`del module.{name}`) to change its collection"
         )
-    if other_metadata is not metadata:
-        raise VariableError(
-            f"`{what}` has metadata {dict(metadata)}, but the {kind.__name__} given for it has {dict(other_metadata)}: "
-            f"delete the attribute first (`del module.{what.rpartition('/')[2]}`) to change its metadata"
-        )
+    raise VariableError(
+        f"`{what}` has metadata {dict(metadata)}, but the {kind.__name__} given for it has {dict(other_metadata)}: "
+        f"delete the attribute first (`del module.{name}`) to change its metadata"
+    )

@@ -127,6 +127,8 @@ class Module(Object):
             if cell is not None and type(cell) is not Buffer and not isinstance(value, (Cell, Object)) and not cell.structural:
                 if cell._trace is not current_trace():
                     check_cell_trace(cell, attribute_name(self, name), origin_of(self))
+                if type(value) in _CONTAINERS:
+                    _check_no_modules(value, self, name)
                 set_value(cell, value)
             else:
                 _assign(self, name, value)
@@ -134,7 +136,7 @@ class Module(Object):
         def __delattr__(self, name):
             held = self.__dict__
             descriptor = _class_attribute(type(self), name)
-            if name not in self._nnx_cells and hasattr(type(descriptor), "__delete__") and not isinstance(descriptor, _Shadow):
+            if name not in self._nnx_cells and hasattr(type(descriptor), "__delete__"):
                 object.__delattr__(self, name)
                 return
             if name not in self._nnx_cells and name not in held:
@@ -444,17 +446,18 @@ def _copy_value(value: Any) -> Any:
 
 
 def _class_attribute(kind: type, name: str) -> Any:
-    """The raw class attribute, without running descriptors; None if there is none."""
+    """The raw class attribute as the class was written, without running descriptors; None if there is none."""
     for base in kind.__mro__:
         if name in base.__dict__:
-            return base.__dict__[name]
+            item = base.__dict__[name]
+            return item.default if isinstance(item, _Shadow) else item
     return None
 
 
 def _missing_attribute(module: Object, name: str) -> Any:
     """Raise the AttributeError for an attribute that the normal lookup did not find."""
     descriptor = _class_attribute(type(module), name)
-    if descriptor is not None and not isinstance(descriptor, _Shadow):
+    if descriptor is not None:
         # It exists, so its own code raised: run it again for its own error rather than report the property as missing.
         return object.__getattribute__(module, name)
     known = [item for item in {*module.__dict__, *module._nnx_cells} if not item.startswith("_")]
@@ -466,7 +469,7 @@ def _missing_attribute(module: Object, name: str) -> Any:
 def _assign(module: Module, name: str, value: Any) -> None:
     """The general case of an assignment: the attribute appears, or its kind or structure may change."""
     descriptor = _class_attribute(type(module), name)
-    if descriptor is not None and hasattr(type(descriptor), "__set__") and not isinstance(descriptor, _Shadow):
+    if descriptor is not None and hasattr(type(descriptor), "__set__"):
         object.__setattr__(module, name, value)
         return
     cells, plain = module._nnx_cells, module.__dict__
@@ -538,8 +541,7 @@ def _put_cell(module: Module, name: str, cell: Cell) -> None:
     set_owned(cell, True)
     module.__dict__.pop(name, None)
     module._nnx_cells[name] = cell
-    if _class_attribute(type(module), name) is not None:
-        shadow(type(module), name)
+    shadow(type(module), name)
 
 
 def _put_plain(module: Module, name: str, value: Any) -> None:
@@ -569,6 +571,9 @@ def _equal_statics(old: Any, new: Any) -> bool:
         return fingerprint(old, forbidden=(Object, Cell)).key == fingerprint(new, forbidden=(Object, Cell)).key
     except StaticProblem:
         return False
+
+
+_CONTAINERS = frozenset({list, tuple, dict})
 
 
 def _check_no_modules(value: Any, module: Module, name: str) -> None:

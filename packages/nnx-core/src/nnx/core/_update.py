@@ -44,6 +44,7 @@ def update_values(root: Object, states: Sequence[State]) -> None:
             writes.append((cell, value))
     parents = [_parent_of(root, path) for path in extra]
     for parent, path in zip(parents, extra, strict=True):
+        _check_free(parent, path)
         check_object_trace(parent, path[-1])
     for cell, value in writes:
         cell._value = value
@@ -54,7 +55,20 @@ def update_values(root: Object, states: Sequence[State]) -> None:
 def add_entries(root: Object, entries: Sequence[tuple[Path, type[Cell], Any, Any]]) -> None:
     """Add entries `(path, type, metadata, value)` to a live graph as new attributes."""
     for path, kind, metadata, value in entries:
-        _add(_parent_of(root, path), path, kind, metadata, value)
+        parent = _parent_of(root, path)
+        _check_free(parent, path)
+        _add(parent, path, kind, metadata, value)
+
+
+def _check_free(parent: Object, path: Path) -> None:
+    """Raise if a State's entry would take the place of a submodule or a static: a State has no say in what is no data."""
+    held = parent.__dict__.get(path[-1])
+    if held is not None:
+        what = f"a {type(held).__name__}" if isinstance(held, Object) else f"the static {held!r:.80}"
+        raise StructureError(
+            f"`{path_text(path)}` is {what}, but the State has data at that path: `del module.{path[-1]}` first, or update from a Pure "
+            "or a Module, which takes over the structure too"
+        )
 
 
 def _add(parent: Object, path: Path, kind: type[Cell], metadata: Any, value: Any) -> None:
