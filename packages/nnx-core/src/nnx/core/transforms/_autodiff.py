@@ -104,7 +104,7 @@ def value_and_grad(
         for n, given in zip(wanted, numbers, strict=True):
             if not 0 <= n < len(args):
                 raise ValueError(f"argnums names argument {given}, but the function was called with {len(args)} positional arguments")
-        frame = Frame()
+        frame = Frame().begin()
         packed, packed_kwargs = pack(list(args), frame), {name: pack(kwargs[name], frame) for name in sorted(kwargs)}
         where = _places(frame)
         selected = {

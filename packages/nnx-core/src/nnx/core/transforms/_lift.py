@@ -34,10 +34,16 @@ class Frame:
 
     __slots__ = ("argument", "layouts", "roots")
 
+    roots: list[Object]
+    layouts: list[Layout]
+
     def __init__(self, argument: Any = None) -> None:
-        self.argument = argument
-        self.roots: list[Object] = []
-        self.layouts: list[Layout] = []
+        self.argument = argument  # the flattening, or `begin`, does the rest
+
+    def begin(self) -> Frame:
+        """Make ready for roots that are entered by hand."""
+        self.roots, self.layouts = [], []
+        return self
 
     def enter(self, root: Object) -> Layout:
         """Add a root."""
@@ -81,10 +87,10 @@ class Packed:
         self.values = values
 
 
-def _shell(kind: type[Object], moduledef: ModuleDef[Any], values: Sequence[Any]) -> Object:
+def _shell(kind: type[Object], moduledef: ModuleDef[Any], children: Sequence[Any]) -> Object:
     """Unflatten: an empty instance that carries a Packed, so that JAX finds the same treedef when it flattens it again."""
     instance = object.__new__(kind)
-    set_layout(instance, Packed(moduledef, values))
+    set_layout(instance, Packed(moduledef, children[0]))
     return instance
 
 
@@ -98,19 +104,23 @@ def packed_of(value: Any) -> Packed:
     return value if type(value) is Packed else value._nnx_layout  # type: ignore[no-any-return]
 
 
-def _flatten(root: Object) -> tuple[Sequence[Any], ModuleDef[Any]]:
+def _flatten(root: Object) -> tuple[tuple[Sequence[Any]], ModuleDef[Any]]:
+    # One child, a list: JAX walks a list faster than the children of a node of ours.
     if type(root._nnx_layout) is Packed:
-        return root._nnx_layout.values, root._nnx_layout.moduledef
+        return (root._nnx_layout.values,), root._nnx_layout.moduledef
     frame = _local.frame
     if frame is None:
         raise AttributeKindError(_not_a_pytree(root))
     layout = frame.enter(root)
-    return [cell._value for cell in layout.cells], layout.moduledef
+    return ([cell._value for cell in layout.cells],), layout.moduledef
 
 
 def _flatten_with_keys(root: Object) -> tuple[Any, ModuleDef[Any]]:
-    values, moduledef = _flatten(root)
-    return tuple(zip(moduledef.schema.keys, values, strict=True)), moduledef
+    (values,), moduledef = _flatten(root)
+    return ((_VALUES_KEY, values),), moduledef
+
+
+_VALUES_KEY = jax.tree_util.GetAttrKey("values")
 
 
 def _not_a_pytree(root: Object) -> str:
@@ -146,30 +156,28 @@ def first_argument(argument: Any) -> Any:
     return argument.argument.argument if type(argument) is Frame else argument
 
 
-def _flatten_frame(frame: Frame) -> tuple[Sequence[Any], ModuleDef[Any] | None]:
+def _flatten_frame(frame: Frame) -> tuple[tuple[Any], ModuleDef[Any] | None]:
     argument = frame.argument
     if isinstance(argument, Object):
         layout = layout_of(argument)
         frame.roots = [argument]
         frame.layouts = [layout]
-        return [cell._value for cell in layout.cells], layout.moduledef
+        return ([cell._value for cell in layout.cells],), layout.moduledef
     if type(argument) is _First:  # flattened again after an unflattening, by JAX itself
         inner = argument.argument
-        return (inner.values, inner.moduledef) if type(inner) is Packed else ((inner,), None)
+        return ((inner.values,), inner.moduledef) if type(inner) is Packed else ((inner,), None)
     frame.roots = []
     frame.layouts = []
     return (argument,), None
 
 
 def _flatten_frame_with_keys(frame: Frame) -> tuple[Any, ModuleDef[Any] | None]:
-    values, moduledef = _flatten_frame(frame)
-    if moduledef is None:
-        return ((jax.tree_util.FlattenedIndexKey(0), values[0]),), None
-    return tuple(zip(moduledef.schema.keys, values, strict=True)), moduledef
+    (child,), moduledef = _flatten_frame(frame)
+    return ((_VALUES_KEY, child),), moduledef
 
 
 def _unflatten_frame(moduledef: ModuleDef[Any] | None, children: Any) -> Any:
-    return Frame(_First(children[0] if moduledef is None else Packed(moduledef, children)))
+    return Frame(_First(children[0] if moduledef is None else Packed(moduledef, children[0])))
 
 
 jax.tree_util.register_pytree_with_keys(Frame, _flatten_frame_with_keys, _unflatten_frame, _flatten_frame)
