@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from typing import Any, Generic, TypeVar, overload
 
-from nnx.core._errors import AttributeKindError
+from nnx.core._errors import AttributeKindError, NnxError
 from nnx.core._module import Module, _assign, _class_attribute
 from nnx.core._object import Object
+from nnx.core._state import natural_key
 
 __all__ = ["Dict", "Sequence", "to_container"]
 
@@ -31,21 +32,27 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
         (8, 2)
     """
 
+    # Which attributes are items, their names alone say. So when `pop_state` takes items out, or `update_state` puts them back, the
+    # Sequence is that much shorter or longer; until it is next changed as a list, an item may then have another number in its path.
+
     def __init__(self, items: Iterable[A] = (), /) -> None:
-        self._length = 0
         for item in items:
             self.append(item)
 
-    def __len__(self) -> int:
-        return self._length
+    def _nnx_items(self) -> list[str]:
+        return sorted([name for name in (*self.__dict__, *self._nnx_cells) if name.isdecimal()], key=int)
 
-    def _position(self, index: int, what: str = "index") -> str:
+    def __len__(self) -> int:
+        return len(self._nnx_items())
+
+    def _name(self, index: int) -> str:
         if not hasattr(index, "__index__"):
             raise TypeError(f"a Sequence's index is an integer or a slice, got {type(index).__name__}")
+        names = self._nnx_items()
         number = index.__index__()
-        if not -self._length <= number < self._length:
-            raise IndexError(f"Sequence {what} {number} out of range: its length is {self._length}")
-        return str(number % self._length)
+        if not -len(names) <= number < len(names):
+            raise IndexError(f"Sequence index {number} out of range: its length is {len(names)}")
+        return names[number]
 
     @overload
     def __getitem__(self, index: int) -> A: ...
@@ -54,51 +61,61 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             part: Sequence[A] = Sequence()
-            part._replace([self._raw(i) for i in range(self._length)[index]])
+            part._replace(self._raw()[index])
             return part
-        return getattr(self, self._position(index))
+        return getattr(self, self._name(index))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(index, slice):
-            raw = [self._raw(i) for i in range(self._length)]
+            raw = self._raw()
             raw[index] = list(value)
             self._replace(raw)
             return
-        setattr(self, self._position(index), value)
+        setattr(self, self._name(index), value)
 
     def __delitem__(self, index: Any) -> None:
-        raw = [self._raw(i) for i in range(self._length)]
+        raw = self._raw()
         if not isinstance(index, slice):
-            self._position(index)
+            self._name(index)
         del raw[index]
         self._replace(raw)
 
+    def append(self, value: A) -> None:
+        """Add an item at the end."""
+        names = self._nnx_items()
+        setattr(self, str(int(names[-1]) + 1) if names else "0", value)
+
     def insert(self, index: int, value: A) -> None:
         """Insert an item before `index`."""
-        if index >= self._length:
-            setattr(self, str(self._length), value)
-            self._length += 1
-            return
-        raw = [self._raw(i) for i in range(self._length)]
+        raw = self._raw()
         raw.insert(index, value)
         self._replace(raw)
 
-    def _raw(self, index: int) -> Any:
-        """The item as it is held: a Variable, not its value, so that moving it keeps it the same Variable."""
-        name = str(index)
-        return self._nnx_cells[name] if name in self._nnx_cells else self.__dict__[name]
+    def reverse(self) -> None:
+        """Reverse the items in place."""
+        self._replace(self._raw()[::-1])
+
+    def _raw(self) -> list[Any]:
+        """The items as they are held: a Variable, not its value, so that moving it keeps it the same Variable."""
+        return [self._nnx_cells[name] if name in self._nnx_cells else self.__dict__[name] for name in self._nnx_items()]
 
     def _replace(self, raw: list[Any]) -> None:
-        for i in range(self._length):
-            delattr(self, str(i))
-        self._length = 0
-        for item in raw:
-            _assign(self, str(self._length), item)
-            self._length += 1
+        before = self._raw()
+        try:
+            self._refill(raw)
+        except NnxError:  # one of the new items cannot be an attribute
+            self._refill(before)
+            raise
+
+    def _refill(self, raw: list[Any]) -> None:
+        for name in self._nnx_items():
+            delattr(self, name)
+        for i, item in enumerate(raw):
+            _assign(self, str(i), item)
 
     def __iter__(self) -> Iterator[A]:
-        for i in range(self._length):
-            yield getattr(self, str(i))
+        for name in self._nnx_items():
+            yield getattr(self, name)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -114,12 +131,13 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
         Raises:
             TypeError: an item cannot be called.
         """
-        if not self._length:
+        items = list(self)
+        if not items:
             if kwargs or len(args) != 1:
                 raise TypeError(f"an empty Sequence returns its one argument, got {len(args)} and {sorted(kwargs)}")
             return args[0]
         out: Any = None
-        for i, item in enumerate(self):
+        for i, item in enumerate(items):
             if not callable(item):
                 raise TypeError(f"Sequence[{i}] is a {type(item).__name__} and cannot be called")
             if i:
@@ -159,13 +177,16 @@ class Dict(Module, MutableMapping[str, A], Generic[A]):
         AttributeKindError: a name is no string, holds `/`, or is the name of one of Dict's own methods.
     """
 
+    # The names in the order in which they came. Only a hint: which of them are items is for the attributes to say, since
+    # `pop_state`, `merge` and `update_state` take items out and put them in without coming by here.
+    _names: tuple[str, ...] = ()
+
     def __init__(self, items: Mapping[str, A] | Iterable[tuple[str, A]] = (), /, **more: A) -> None:
-        self._names: tuple[str, ...] = ()
         for name, item in dict(items, **more).items():
             self[name] = item
 
     def __getitem__(self, name: str) -> A:
-        if name not in self._names:
+        if name not in self:
             raise KeyError(name)
         return getattr(self, name)  # type: ignore[no-any-return]
 
@@ -175,31 +196,35 @@ class Dict(Module, MutableMapping[str, A], Generic[A]):
         setattr(self, name, value)
 
     def __delitem__(self, name: str) -> None:
-        if name not in self._names:
+        if name not in self:
             raise KeyError(name)
         delattr(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "_names" and name not in self.__dict__.get("_names", ()):
-            if name.startswith("_") or _class_attribute(type(self), name) is not None:
-                raise AttributeKindError(f"an nnx.Dict cannot hold the name {name!r}: it is private, or one of Dict's own methods")
+        if name in self:
             super().__setattr__(name, value)
-            super().__setattr__("_names", (*self._names, name))
             return
+        if name.startswith("_") or _class_attribute(type(self), name) is not None:
+            raise AttributeKindError(f"an nnx.Dict cannot hold the name {name!r}: it is private, or one of Dict's own methods")
         super().__setattr__(name, value)
+        if name not in self._names:
+            super().__setattr__("_names", (*self._names, name))
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         super().__setattr__("_names", tuple(item for item in self._names if item != name))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return isinstance(name, str) and not name.startswith("_") and (name in self.__dict__ or name in self._nnx_cells)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        ordered = self._names
+        yield from [name for name in ordered if name in self]
+        others = {*self.__dict__, *self._nnx_cells}.difference(ordered)
+        yield from sorted([name for name in others if name in self], key=natural_key)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return sum(1 for _ in self)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import jax
 
 from nnx.core._errors import TraceContextError, VariableError
-from nnx.core._static import StaticProblem, fingerprint
+from nnx.core._static import StaticProblem, copy_static, fingerprint
 from nnx.core._tracing import TraceRef, calling_line, current_trace, describe_trace
 
 __all__ = [
@@ -39,9 +39,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Metadata(Mapping[str, Any]):
     """Read-only metadata of a Variable, interned: equal metadata are one object, so comparing them is comparing identities."""
 
-    __slots__ = ("__weakref__", "_items")
+    __slots__ = ("__weakref__", "_items", "_mutable")
 
     _items: dict[str, Any]
+    _mutable: bool
     _interned: ClassVar[weakref.WeakValueDictionary[Any, Metadata]] = weakref.WeakValueDictionary()
 
     @classmethod
@@ -49,23 +50,27 @@ class Metadata(Mapping[str, Any]):
         """Return the one Metadata object that holds `items`."""
         if isinstance(items, Metadata):
             return items
-        key = []
+        key, mutable = [], False
         for name in sorted(items):
             try:
-                key.append((name, fingerprint(items[name], forbidden=(Cell,)).key))
+                mark = fingerprint(items[name], forbidden=(Cell,))
             except StaticProblem as problem:
                 raise VariableError(f"metadata `{name}{problem.where}` is {problem.reason}; metadata must be static values") from None
+            key.append((name, mark.key))
+            mutable = mutable or mark.mutable
         found = cls._interned.get(tuple(key))
         if found is None:
             found = object.__new__(cls)
-            found._items = {name: items[name] for name in sorted(items)}
-            for name in found._items:
+            for name in items:
                 _give_attribute(name)
+            found._mutable = mutable
+            found._items = {name: copy_static(items[name], {}) for name in sorted(items)}
             cls._interned[tuple(key)] = found
         return found
 
     def __getitem__(self, name: str) -> Any:
-        return self._items[name]
+        # A list is copied out: whoever edited it would edit the metadata of every Variable that shares them.
+        return copy_static(self._items[name], {}) if self._mutable else self._items[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)
@@ -103,6 +108,9 @@ class VariableMetadata(Generic[A]):
     __slots__ = ("metadata", "value")
 
     def __init__(self, value: A, metadata: Mapping[str, Any]) -> None:
+        if isinstance(value, VariableMetadata):  # of one wrapped initializer inside another, whose metadata win
+            metadata = {**value.metadata, **metadata}
+            value = value.value
         self.value = value
         self.metadata = dict(metadata)
 
@@ -260,12 +268,12 @@ class _Held(Cell, Generic[A]):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """The metadata, read-only."""
-        return MappingProxyType(self._metadata._items)
+        return MappingProxyType(dict(self._metadata))
 
     @property
     def sharding(self) -> Any:
         """The logical axis names of the value's dimensions, or None."""
-        return self._metadata._items.get("sharding")
+        return self._metadata.get("sharding")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CELL_SLOTS or name == "value":
@@ -321,12 +329,15 @@ def _give_attribute(name: str) -> None:
     By a property, and not by `__getattr__`: a class with `__getattr__` reads all its attributes more slowly, `_value` among them,
     which every call of a compiled function reads once for every Variable.
     """
-    if hasattr(_Held, name):
+    if name in _readable:
         return
+    if hasattr(_Held, name):
+        raise VariableError(f"metadata cannot have the name {name!r}, which is an attribute of every Variable: choose another name")
+    _readable.add(name)
 
     def read(variable: Cell) -> Any:
         try:
-            return variable._metadata._items[name]
+            return variable._metadata[name]
         except KeyError:
             raise AttributeError(f"{type(variable).__name__!r} has no attribute or metadata {name!r}") from None
 
@@ -337,6 +348,9 @@ def _metadata_of(items: Mapping[str, Any]) -> Metadata:
     """Metadata without `sharding=None`, which says the same as no sharding."""
     return Metadata.of({name: item for name, item in items.items() if name != "sharding" or item is not None})
 
+
+_readable = {"sharding"}
+"""The metadata that can be read as attributes so far."""
 
 _CELL_SLOTS = frozenset({"_value", "_metadata", "_trace", "_owned"})
 _collections: dict[str, type[Any]] = {}
@@ -355,7 +369,7 @@ def _unflatten(kind: type[Cell], metadata: Metadata, children: Any) -> Any:
 
 
 def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 class Node(_Held[A]):
