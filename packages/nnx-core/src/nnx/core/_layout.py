@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from nnx.core._errors import StaticError
 from nnx.core._graph import Graph, ModuleDef, statics_changed, walk
 from nnx.core._object import Object, set_layout
 from nnx.core._state import State
@@ -65,11 +66,16 @@ def layout_after(root: Object, earlier: Sequence[tuple[Object, Layout]]) -> Layo
         root: the root.
         earlier: the roots before it with their layouts, in turn.
     """
-    own = layout_of(root)
+    roots = [*[item for item, _ in earlier], root]
+    try:
+        own = layout_of(root)
+    except StaticError:
+        # Alone it is not whole, as when it keeps a bound method of a root before it.
+        return Layout(walk_in_turn(roots)[-1])
     key = tuple([layout.token for _, layout in earlier])
     found = own.after.get(key)
     if found is None:
-        graph = walk_in_turn([*[item for item, _ in earlier], root])[-1]
+        graph = walk_in_turn(roots)[-1]
         found = own if graph.moduledef is own.moduledef else Layout(graph)
         if len(own.after) >= 8:
             own.after.clear()

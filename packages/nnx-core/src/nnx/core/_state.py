@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,12 +179,20 @@ def check_part(part: str) -> str:
 def to_path(path: Any) -> Path:
     """Make a path of `'a/b'`, `'a'`, `('a', 'b')` or `('a', 0)`."""
     if isinstance(path, str):
-        return tuple(path.split("/"))
+        return tuple([check_part(part) for part in path.split("/")])
     if isinstance(path, int):
         return (str(path),)
-    if isinstance(path, Sequence):
+    if isinstance(path, Sequence) and path:
         return tuple(check_part(str(part) if isinstance(part, int) else part) for part in path)
     raise PathError(f"a path is a tuple of strings or a string with '/', got {path!r}")
+
+
+def _check_paths(ordered: Sequence[Path]) -> None:
+    for path, following in itertools.pairwise(ordered):
+        if path == following:
+            raise StructureError(f"two entries for the path `{path_text(path)}`")
+        if following[: len(path)] == path:
+            raise StructureError(f"the path `{path_text(path)}` is the beginning of `{path_text(following)}`: a node holds no nodes")
 
 
 class State(Mapping[Path, Any]):
@@ -215,11 +224,7 @@ class State(Mapping[Path, Any]):
     def __init__(self, items: Mapping[Any, Any] | Sequence[tuple[Any, Any]] = (), /) -> None:
         pairs = [(to_path(path), node) for path, node in (items.items() if isinstance(items, Mapping) else items)]
         pairs.sort(key=lambda pair: path_key(pair[0]))
-        for (path, _), (following, _) in zip(pairs, pairs[1:], strict=False):
-            if path == following:
-                raise StructureError(f"two entries for the path `{path_text(path)}`")
-            if following[: len(path)] == path:
-                raise StructureError(f"the path `{path_text(path)}` is the beginning of `{path_text(following)}`: a node holds no nodes")
+        _check_paths([path for path, _ in pairs])
         entries: list[Entry] = []
         values: list[Any] = []
         for path, node in pairs:
@@ -343,6 +348,7 @@ class State(Mapping[Path, Any]):
                 raise StructureError(f"State.merge takes States, got {type(state).__name__}")
             merged.update(zip(state.paths, zip(state._schema.entries, state._values, strict=True), strict=True))
         ordered = sorted(merged.items(), key=lambda item: path_key(item[0]))
+        _check_paths([path for path, _ in ordered])
         return State.from_columns(Schema.of([entry for _, (entry, _) in ordered]), [value for _, (_, value) in ordered])
 
     def __or__(self, other: State) -> State:

@@ -12,9 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from nnx.core._explain import TraceLog, warn_of_captures
+from nnx.core._layout import layout_of
 from nnx.core._object import Object
 from nnx.core._variable import set_value
-from nnx.core.transforms._lift import NOTHING, Frame, Inputs, _local, finish, first_argument, lifting, run
+from nnx.core.transforms._lift import (
+    NOTHING,
+    Frame,
+    Inputs,
+    _local,
+    finish,
+    first_argument,
+    is_object,
+    is_untouched,
+    lifting,
+    run,
+)
 
 __all__ = ["Compiled", "JitWrapped", "Lowered", "jit"]
 
@@ -41,6 +53,9 @@ def _traced(
 
     @functools.wraps(function, updated=())
     def traced(*args: Any, **kwargs: Any) -> Any:
+        if any(map(is_untouched, (*args, kwargs.get("")))):
+            kwargs.pop("", None)
+            return function(*[arg.argument if type(arg) is Frame else arg for arg in args], **kwargs), [], NOTHING
         kwargs.pop("", None)
         args = tuple([first_argument(arg) for arg in args])
         log.note(args, kwargs, max_traces)
@@ -89,7 +104,10 @@ class JitWrapped(Generic[P, R]):
             options["in_shardings"] = self._in_shardings(options["in_shardings"], shift)
         if options.get("out_shardings") is not None:
             options["out_shardings"] = (options["out_shardings"], None, None)
-        self._jitted = jax.jit(_traced(target, donated, names, options.pop("max_traces", None)), **{k: v for k, v in options.items() if v is not None})
+        self._jitted = jax.jit(
+            _traced(target, donated, names, options.pop("max_traces", None)),
+            **{k: v for k, v in options.items() if v is not None},
+        )
 
     def _in_shardings(self, given: Any, shift: int) -> Any:
         if not isinstance(given, (tuple, list)):
@@ -245,21 +263,29 @@ def _named_and_numbered(target: Any, numbers: Any, names: Any) -> tuple[tuple[in
 
 
 def _separate(wrapped: JitWrapped[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Give each cell of the donated Modules an array of its own: a buffer can be donated but once."""
-    from nnx.core._layout import layout_of
-
-    seen: set[int] = set()
-    donated = [args[i] for i in wrapped._donated if i < len(args)] + [kwargs[n] for n in wrapped._donated_names if n in kwargs]
-    for leaf in jax.tree.leaves(donated, is_leaf=lambda leaf: isinstance(leaf, Object)):
+    """Give each cell of the donated Modules an array of its own: a buffer can be donated but once, and not if it is used beside."""
+    donated, others = [], []
+    for i, arg in enumerate(args):
+        (donated if i in wrapped._donated else others).append(arg)
+    for name, arg in kwargs.items():
+        (donated if name in wrapped._donated_names else others).append(arg)
+    used: set[int] = set()
+    cells: set[int] = set()
+    for leaf in jax.tree.leaves(others, is_leaf=is_object):
+        found = layout_of(leaf).cells if isinstance(leaf, Object) else ()
+        cells.update(map(id, found))
+        used.update([id(cell._value) for cell in found] if found else [id(leaf)])
+    for leaf in jax.tree.leaves(donated, is_leaf=is_object):
         if not isinstance(leaf, Object):
-            seen.add(id(leaf))
+            used.add(id(leaf))
             continue
         for cell in layout_of(leaf).cells:
             value = cell._value
-            if isinstance(value, jax.Array):
-                if id(value) in seen:
+            if isinstance(value, jax.Array) and id(cell) not in cells:
+                if id(value) in used:
                     set_value(cell, jnp.copy(value))
-                seen.add(id(value))
+                used.add(id(value))
+                cells.add(id(cell))
 
 
 @overload

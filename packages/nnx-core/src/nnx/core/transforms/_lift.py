@@ -156,6 +156,11 @@ def first_argument(argument: Any) -> Any:
     return argument.argument.argument if type(argument) is Frame else argument
 
 
+def is_untouched(argument: Any) -> bool:
+    """Whether an argument is a Frame that JAX has not flattened, since `jax.disable_jit` calls the function as it is."""
+    return type(argument) is Frame and type(argument.argument) is not _First
+
+
 def _flatten_frame(frame: Frame) -> tuple[tuple[Any], ModuleDef[Any] | None]:
     argument = frame.argument
     if isinstance(argument, Object):
@@ -301,6 +306,11 @@ class Inputs:
         returned = [leaf for leaf in leaves if isinstance(leaf, Object)]
         fresh = _distinct([item for item in returned if id(item) not in known])
         post = walk([*_distinct(self.roots), *fresh])
+        reached = {id(item) for item in post.objects}
+        detached = [item for item in self.pre.objects if id(item) not in reached]
+        if detached:
+            # The graph has let go of them, but the caller may hold them, and sees what was done to them.
+            post = walk([*_distinct(self.roots), *fresh, *detached])
         if not fresh and self._stands(post):
             outcome, values = self._changed_values()
         else:
