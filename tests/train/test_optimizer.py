@@ -40,10 +40,8 @@ def train_step(model, optimizer, x, y):
 
 
 def values(module):
-    return {
-        "/".join(path): np.asarray(value)
-        for path, value in zip(*(lambda s: (s.paths, s.raw_values))(module.get_state()), strict=True)
-    }
+    state = module.get_state()
+    return {"/".join(path): np.asarray(value) for path, value in zip(state.paths, state.raw_values, strict=True)}
 
 
 def test_eager_jit_and_train_state_agree(batch):
@@ -228,5 +226,5 @@ def test_a_changed_model_is_noticed(model, batch):
     optimizer = nnx.Optimizer(model, optax.adam(1e-2))
     model.third = nnx.Linear(2, 2, ctx=nnx.context(1))
     grads = nnx.grad(loss_fn)(model, *batch)
-    with pytest.raises(nnx.StructureError, match="new: `third/bias`, `third/kernel`.*Make a new Optimizer"):
+    with pytest.raises(nnx.StructureError, match=r"new: `third/bias`, `third/kernel`.*Make a new Optimizer"):
         optimizer.update(model, grads)

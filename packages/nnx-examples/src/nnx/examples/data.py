@@ -60,8 +60,9 @@ def batch_indices(step: int, *, size: int, batch_size: int, seed: int) -> np.nda
         [batch_size] integers below `size`.
 
     Example:
-        >>> batch_indices(7, size=12, batch_size=4, seed=0)
-        array([ 6, 11,  1,  0])
+        >>> epoch = [batch_indices(step, size=12, batch_size=4, seed=0) for step in (3, 4, 5)]
+        >>> sorted(np.concatenate(epoch).tolist()) == list(range(12))
+        True
     """
     epoch, batch = divmod(step, size // batch_size)
     order = np.random.default_rng((seed, epoch)).permutation(size)

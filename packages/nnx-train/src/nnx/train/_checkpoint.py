@@ -73,11 +73,11 @@ class Checkpointer:
         >>> model = Scale(1.0)
         >>> with tempfile.TemporaryDirectory() as directory, nnx.Checkpointer(directory, save_every=10) as checkpointer:
         ...     for step in range(1, 26):
-        ...         model.factor *= 2
+        ...         model.factor += 1
         ...         _ = checkpointer.save(step, model, extra={"loss": 1 / step})
         ...     restored = checkpointer.restore(like=model)
         >>> print(restored.step, restored.extra, model.factor)
-        20 {'loss': 0.05} 1048576.0
+        20 {'loss': 0.05} 21.0
     """
 
     def __init__(
@@ -99,6 +99,8 @@ class Checkpointer:
 
         path = os.fspath(directory)
         self._path = path if "://" in path else str(Path(path).expanduser().absolute())
+        if Path(self._path).is_file():
+            raise CheckpointError(f"cannot keep checkpoints in {self._path}: it is a file")
         self._save_every = save_every
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(
@@ -372,8 +374,19 @@ def _decode(leaf: Leaf, spec: Spec, data: dict[str, Any]) -> Any:
         found = np.zeros(spec.shape, jnp.dtype(spec.dtype))
     if isinstance(leaf.value, np.generic):
         return found[()]
-    if isinstance(leaf.value, np.ndarray) or isinstance(found, jax.Array):
+    if isinstance(leaf.value, np.ndarray):
         return found
-    array = jnp.array(found)
+    if isinstance(found, jax.Array):
+        return _as_weak_as(leaf.value, found)
+    array = _as_weak_as(leaf.value, jnp.array(found))
     sharding = _target_sharding(leaf.value)
     return array if sharding is None else jax.device_put(array, sharding)
+
+
+def _as_weak_as(like: Any, array: jax.Array) -> jax.Array:
+    """`array`, weakly typed if `like` is (`jnp.array(1.5)` is): the type is part of what functions are compiled for."""
+    if not (like.weak_type if isinstance(like, jax.ShapeDtypeStruct) else like.aval.weak_type):
+        return array
+    python_type = type(np.zeros((), array.dtype).item())
+    weak = jax.lax.convert_element_type(array, python_type)
+    return weak if weak.dtype == array.dtype else array

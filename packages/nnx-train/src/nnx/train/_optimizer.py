@@ -144,11 +144,11 @@ def _key_text(key: Any) -> str:
 
 
 class _Branch(Module):
-    """A level of the optimizer's state. Not an `nnx.Dict`, which refuses names that a parameter may have, such as `_w`."""
+    """A level of the optimizer's state. Not an `nnx.Dict`, which refuses some names that a parameter may have: `_w`."""
 
 
 def _attribute_name(part: str) -> str:
-    """A part of a path as the name of an attribute: one that would hide a method of Module gets a dot, as no name has."""
+    """A part of a path as the name of an attribute: one that would hide a method of Module gets a dot at its end."""
     return f"{part}." if not part or hasattr(_Branch, part) or part.startswith("_nnx_") else part
 
 
