@@ -409,7 +409,7 @@ def test_names_that_a_dict_cannot_hold(name):
 
 @pytest.mark.parametrize("name", [3, None, ("a",)])
 def test_names_that_are_no_strings(name):
-    with pytest.raises(nnx.AttributeKindError, match="the names in an nnx.Dict are strings"):
+    with pytest.raises(nnx.AttributeKindError, match=r"the names in an nnx\.Dict are strings"):
         nnx.Dict()[name] = Leaf()
 
 

@@ -32,8 +32,9 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
         (8, 2)
     """
 
-    # Which attributes are items, their names alone say. So when `pop_state` takes items out, or `update_state` puts them back, the
-    # Sequence is that much shorter or longer; until it is next changed as a list, an item may then have another number in its path.
+    # Which attributes are items, their names alone say. So when `pop_state` takes items out, or `update_state` puts
+    # them back, the Sequence is that much shorter or longer; until it is next changed as a list, an item may then have
+    # another number in its path.
 
     def __init__(self, items: Iterable[A] = (), /) -> None:
         for item in items:
@@ -177,8 +178,8 @@ class Dict(Module, MutableMapping[str, A], Generic[A]):
         AttributeKindError: a name is no string, holds `/`, or is the name of one of Dict's own methods.
     """
 
-    # The names in the order in which they came. Only a hint: which of them are items is for the attributes to say, since
-    # `pop_state`, `merge` and `update_state` take items out and put them in without coming by here.
+    # The names in the order in which they came. Only a hint: which of them are items is for the attributes to say,
+    # since `pop_state`, `merge` and `update_state` take items out and put them in without coming by here.
     _names: tuple[str, ...] = ()
 
     def __init__(self, items: Mapping[str, A] | Iterable[tuple[str, A]] = (), /, **more: A) -> None:
@@ -205,7 +206,9 @@ class Dict(Module, MutableMapping[str, A], Generic[A]):
             super().__setattr__(name, value)
             return
         if name.startswith("_") or _class_attribute(type(self), name) is not None:
-            raise AttributeKindError(f"an nnx.Dict cannot hold the name {name!r}: it is private, or one of Dict's own methods")
+            raise AttributeKindError(
+                f"an nnx.Dict cannot hold the name {name!r}: it is private, or one of Dict's own methods"
+            )
         super().__setattr__(name, value)
         if name not in self._names:
             super().__setattr__("_names", (*self._names, name))
@@ -238,7 +241,10 @@ def to_container(value: Any) -> Module | None:
             return None
         return Sequence(items)
     if type(value) is dict and all(isinstance(name, str) and name for name in value):
-        items = [item if isinstance(item, Object) or not _holds_modules(item) else to_container(item) for item in value.values()]
+        items = [
+            item if isinstance(item, Object) or not _holds_modules(item) else to_container(item)
+            for item in value.values()
+        ]
         if any(item is None and old is not None for item, old in zip(items, value.values(), strict=True)):
             return None
         return Dict(zip(value, items, strict=True))
@@ -249,4 +255,3 @@ def _holds_modules(value: Any) -> bool:
     from nnx.core._module import _container_leaves
 
     return any(isinstance(leaf, Object) for leaf in _container_leaves(value))
-

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
+from nnx.core._errors import VariableError
 from nnx.core._variable import Cell, Node, Param, Static, collection_type
 
 __all__ = ["dataclass", "field", "node_field", "param_field", "static_field", "var_field"]
@@ -15,7 +16,17 @@ A = TypeVar("A")
 field = dataclasses.field
 
 
-def _wrapping(wrap: Callable[[Any], Any], metadata: Mapping[str, Any] | None, options: dict[str, Any]) -> Any:
+def _wrapping(kind: type[Any], metadata: Mapping[str, Any] | None, options: dict[str, Any]) -> Any:
+    def wrap(name: str, value: Any) -> Any:
+        if not isinstance(value, Cell):
+            return kind(value)
+        if not isinstance(value, kind):
+            raise VariableError(
+                f"the field `{name}` holds a {kind.__name__}, got a {type(value).__name__}: pass its value, or "
+                f"declare the field as nnx.var_field({type(value).__name__})"
+            )
+        return value
+
     return dataclasses.field(metadata={**(metadata or {}), "nnx_wrap": wrap}, **options)
 
 
@@ -28,7 +39,7 @@ def var_field(collection: str | type[Any], *, metadata: Mapping[str, Any] | None
         **options: as for `dataclasses.field`.
     """
     kind = collection_type(collection) if isinstance(collection, str) else collection
-    return _wrapping(lambda value: value if isinstance(value, Cell) else kind(value), metadata, options)
+    return _wrapping(kind, metadata, options)
 
 
 def param_field(**options: Any) -> Any:
@@ -38,12 +49,12 @@ def param_field(**options: Any) -> Any:
 
 def node_field(*, metadata: Mapping[str, Any] | None = None, **options: Any) -> Any:
     """A field whose value, any pytree of arrays, is put into a Node."""
-    return _wrapping(lambda value: value if isinstance(value, Cell) else Node(value), metadata, options)
+    return _wrapping(Node, metadata, options)
 
 
 def static_field(*, metadata: Mapping[str, Any] | None = None, **options: Any) -> Any:
     """A field whose value is static, whatever its type."""
-    return _wrapping(lambda value: value if isinstance(value, Cell) else Static(value), metadata, options)
+    return _wrapping(Static, metadata, options)
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field, var_field, param_field, node_field, static_field))

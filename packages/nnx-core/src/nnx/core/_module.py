@@ -635,4 +635,4 @@ def _wrap_field(kind: type, name: str, value: Any) -> Any:
     if not fields or name not in fields:
         return value
     wrap = fields[name].metadata.get("nnx_wrap")
-    return value if wrap is None else wrap(value)
+    return value if wrap is None else wrap(name, value)

@@ -82,7 +82,8 @@ class _PytreeMeta(abc.ABCMeta):
 class Pytree(metaclass=_PytreeMeta):
     """The base of immutable objects that are pytrees: nodes among their attributes are children, all others are static.
 
-    Attributes are set in `__init__` and never after; `replace` makes a changed copy. Subclass with `mutable=True` to lift that.
+    Attributes are set in `__init__` and never after; `replace` makes a changed copy. Subclass with `mutable=True`
+    to lift that.
 
     Example:
         >>> import jax, jax.numpy as jnp, nnx
@@ -111,8 +112,13 @@ class Pytree(metaclass=_PytreeMeta):
             raise AttributeKindError(f"a {type(self).__name__} is immutable: use `.replace({name}=...)`")
         if not type(self)._pytree_mutable and "_pytree_initializing" not in held:
             raise AttributeKindError(f"cannot add the field {name!r} to a {type(self).__name__}, which is immutable")
-        old = held.get(name)
-        held[name] = type(old)(value) if isinstance(old, (TreeNode, Static)) and not isinstance(value, type(old)) else value
+        held[name] = _checked(self, name, value, held.get(name))
+
+    def __delattr__(self, name: str) -> None:
+        held = object.__getattribute__(self, "__dict__")
+        if not type(self)._pytree_mutable and name in held and "_pytree_initializing" not in held:
+            raise AttributeKindError(f"a {type(self).__name__} is immutable: its field {name!r} cannot be deleted")
+        object.__delattr__(self, name)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed.
@@ -120,13 +126,18 @@ class Pytree(metaclass=_PytreeMeta):
         Raises:
             AttributeKindError: a field does not exist.
         """
-        held = {name: item for name, item in object.__getattribute__(self, "__dict__").items() if name != "_pytree_initializing"}
+        held = {
+            name: item
+            for name, item in object.__getattribute__(self, "__dict__").items()
+            if name != "_pytree_initializing"
+        }
         unknown = sorted(set(changes) - set(held))
         if unknown:
-            raise AttributeKindError(f"{type(self).__name__} has no field {unknown[0]!r}; it has: {', '.join(sorted(held))}")
+            raise AttributeKindError(
+                f"{type(self).__name__} has no field {unknown[0]!r}; it has: {', '.join(sorted(held))}"
+            )
         for name, value in changes.items():
-            old = held[name]
-            held[name] = type(old)(value) if isinstance(old, (TreeNode, Static)) and not isinstance(value, type(old)) else value
+            held[name] = _checked(self, name, value, held[name])
         copied = object.__new__(type(self))
         copied.__dict__.update(held)
         return copied
@@ -135,7 +146,26 @@ class Pytree(metaclass=_PytreeMeta):
         from nnx.core._repr import summarize
 
         held = object.__getattribute__(self, "__dict__")
-        return f"{type(self).__name__}({', '.join(f'{n}={summarize(v)}' for n, v in held.items() if n != '_pytree_initializing')})"
+        fields = [f"{name}={summarize(value)}" for name, value in held.items() if name != "_pytree_initializing"]
+        return f"{type(self).__name__}({', '.join(fields)})"
+
+
+def _checked(tree: Pytree, name: str, value: Any, old: Any) -> Any:
+    """What a field holds for a value: wrapped as its old value was, and no static that hides arrays."""
+    if isinstance(old, (TreeNode, Static)) and not isinstance(value, type(old)):
+        return type(old)(value)
+    if not _is_child(value):
+        for leaf in jax.tree.leaves(value, is_leaf=is_node):
+            if is_node(leaf):
+                raise AttributeKindError(
+                    f"the field `{name}` of a {type(tree).__name__} would be static, but holds a {type(leaf).__name__}: "
+                    f"wrap it, `self.{name} = nnx.TreeNode(...)`, to make it data"
+                )
+    return value
+
+
+def _is_child(value: Any) -> bool:
+    return is_node(value) or (dataclasses.is_dataclass(value) and not jax.tree_util.all_leaves([value]))
 
 
 def _fields(tree: Pytree) -> dict[str, Any]:
@@ -152,7 +182,7 @@ class _Aux:
 def _split(tree: Pytree) -> tuple[tuple[str, ...], tuple[Any, ...], _Aux]:
     nodes, statics = [], []
     for name, value in _fields(tree).items():
-        if is_node(value) or dataclasses.is_dataclass(value) and not jax.tree_util.all_leaves([value]):
+        if _is_child(value):
             nodes.append((name, value))
         else:
             # A Static is compared by content and exact type, as the statics of a Module are.
