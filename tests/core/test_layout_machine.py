@@ -7,10 +7,11 @@ import pickle
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import nnx
 import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+import nnx
 from nnx.core._graph import walk
 from nnx.core._layout import layout_after, layout_of, walk_in_turn
 
