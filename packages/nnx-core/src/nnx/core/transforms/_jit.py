@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from nnx.core._explain import TraceLog, warn_of_captures
 from nnx.core._layout import layout_of
 from nnx.core._object import Object
-from nnx.core._variable import set_value
+from nnx.core._variable import Cell, set_value
 from nnx.core.transforms._lift import (
     NOTHING,
     Frame,
@@ -269,23 +269,31 @@ def _separate(wrapped: JitWrapped[..., Any], args: Sequence[Any], kwargs: dict[s
         (donated if i in wrapped._donated else others).append(arg)
     for name, arg in kwargs.items():
         (donated if name in wrapped._donated_names else others).append(arg)
-    used: set[int] = set()
-    cells: set[int] = set()
-    for leaf in jax.tree.leaves(others, is_leaf=is_object):
-        found = layout_of(leaf).cells if isinstance(leaf, Object) else ()
-        cells.update(map(id, found))
-        used.update([id(cell._value) for cell in found] if found else [id(leaf)])
-    for leaf in jax.tree.leaves(donated, is_leaf=is_object):
-        if not isinstance(leaf, Object):
-            used.add(id(leaf))
-            continue
-        for cell in layout_of(leaf).cells:
-            value = cell._value
-            if isinstance(value, jax.Array) and id(cell) not in cells:
-                if id(value) in used:
-                    set_value(cell, jnp.copy(value))
-                used.add(id(value))
-                cells.add(id(cell))
+    cells, bare = _cells_and_leaves(others)
+    own_cells, own_bare = _cells_and_leaves(donated)
+    every = [cell._value for cell in {*cells, *own_cells}] + bare + own_bare
+    if len(set(map(id, every))) == len(every):
+        return  # as it is nearly always: no array is in two places
+    used = {id(value) for value in [*(cell._value for cell in cells), *bare, *own_bare]}
+    beside = set(cells)
+    for cell in dict.fromkeys(own_cells):
+        value = cell._value
+        if isinstance(value, jax.Array) and cell not in beside:
+            if id(value) in used:
+                set_value(cell, jnp.copy(value))
+            used.add(id(value))
+
+
+def _cells_and_leaves(tree: Any) -> tuple[list[Cell], list[Any]]:
+    """The cells of the Modules in a pytree, and its other leaves."""
+    cells: list[Cell] = []
+    bare = []
+    for leaf in jax.tree.leaves(tree, is_leaf=is_object):
+        if isinstance(leaf, Object):
+            cells += layout_of(leaf).cells
+        else:
+            bare.append(leaf)
+    return cells, bare
 
 
 @overload
