@@ -387,6 +387,6 @@ def _as_weak_as(like: Any, array: jax.Array) -> jax.Array:
     """`array`, weakly typed if `like` is (`jnp.array(1.5)` is): the type is part of what functions are compiled for."""
     if not (like.weak_type if isinstance(like, jax.ShapeDtypeStruct) else like.aval.weak_type):
         return array
-    python_type = type(np.zeros((), array.dtype).item())
-    weak = jax.lax.convert_element_type(array, python_type)
-    return weak if weak.dtype == array.dtype else array
+    # Only Python numbers make weak types, and `at[...].set` keeps the type of what it writes into.
+    weak = jnp.broadcast_to(jnp.asarray(np.zeros((), array.dtype).item()), array.shape)
+    return weak.at[...].set(array) if weak.dtype == array.dtype else array
