@@ -1,0 +1,179 @@
+"""The report: one table for people, one file for programs, one picture."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._results import OURS, RAW, Result, bound_of, is_past
+
+TITLES = {
+    "dispatch": "A call of a compiled function",
+    "train_step": "A training step with adam",
+    "trace": "Tracing and lowering a training step",
+    "memory": "Memory of a compiled training step",
+    "attributes": "Reading an attribute",
+    "construction": "Making a model",
+    "import_time": "Import",
+}
+PACKAGES = ("jax", "jaxlib", "numpy", "optax", "nnx-core", "nnx-layers", "nnx-train", "flax", "equinox")
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    import jax
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "versions": versions,
+    }
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The tables: a row for each case, a column for each library."""
+    where = environment()
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    lines = [
+        "# Benchmarks",
+        "",
+        "Each figure is a ratio to the same thing written by hand in raw JAX, measured in turn with it in one process:",
+        "the median of the rounds and, in brackets, their quartiles. The bound is the most that nnx may take; past it,",
+        "the command fails.",
+        "",
+        f"Measured with `hatch run bench` on {where['cpus']} CPU cores ({where['system']}), Python {where['python']},",
+        f"{versions}.",
+    ]
+    for benchmark in dict.fromkeys(result.benchmark for result in results):
+        lines += [
+            "",
+            f"## {TITLES[benchmark]}",
+            "",
+            *_table([result for result in results if result.benchmark == benchmark]),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(results: Sequence[Result]) -> list[str]:
+    libraries = [library for library in dict.fromkeys(result.library for result in results) if library != RAW]
+    lines = ["| | " + " | ".join([RAW, *libraries, "bound"]) + " |", "| --- |" + " --- |" * (len(libraries) + 2)]
+    for case in dict.fromkeys(result.case for result in results):
+        row = {result.library: result for result in results if result.case == case}
+        cells = [quantity(row[RAW]) if RAW in row else ""]
+        cells += [_ratio(row[library]) if library in row else "" for library in libraries]
+        lines.append(f"| {case} | " + " | ".join([*cells, _bound(row[OURS])]) + " |")
+    return lines
+
+
+def quantity(result: Result) -> str:
+    """A figure with its unit."""
+    if result.unit == "s":
+        for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
+            if result.value * scale >= 1:
+                return f"{result.value * scale:.3g} {unit}"
+        return f"{result.value * 1e9:.3g} ns"
+    return f"{result.value:,.0f} {result.unit}".rstrip()
+
+
+def _ratio(result: Result) -> str:
+    median, low, high = result.ratio
+    digits = 2 if median < 10 else 1 if median < 100 else 0
+    spread = "" if low == high else f" ({low:.{digits}f} to {high:.{digits}f})"
+    bound = bound_of(result)
+    measured = f", {quantity(result)}" if bound is not None and bound.absolute else ""
+    text = f"{median:.{digits}f}{spread}{measured}"
+    return f"**{text}**" if result.library == OURS else text
+
+
+def _bound(result: Result) -> str:
+    bound = bound_of(result)
+    if bound is None:
+        return ""
+    most = quantity(result._replace(value=bound.most)) if bound.absolute else f"{bound.most:.2f}"
+    return f"{most}, missed" if is_past(result) else most
+
+
+def line(result: Result) -> str:
+    """One result as the command prints it."""
+    bound = bound_of(result)
+    verdict = "" if bound is None else f"  [{_bound(result)}]"
+    ratio = _ratio(result).strip("*")
+    return f"{result.benchmark:12}  {result.case:54}  {result.library:24}  {quantity(result):>10}  {ratio}{verdict}"
+
+
+def write(results: Sequence[Result], folder: Path) -> None:
+    """Write `results.md`, `results.json` and `overhead.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text(markdown(results), encoding="utf-8")
+    rows = [result._asdict() | {"ratio": result.ratio._asdict(), "bound": _bound_data(result)} for result in results]
+    content = {"environment": environment(), "results": rows}
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _picture([result for result in results if result.leaves is not None], folder / "overhead.png")
+
+
+def _bound_data(result: Result) -> dict[str, Any] | None:
+    bound = bound_of(result)
+    return None if bound is None else {"most": bound.most, "of": "value" if bound.absolute else "ratio"}
+
+
+def _picture(results: Sequence[Result], path: Path) -> None:
+    """Overhead against the number of arrays, one line for each library."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    if not results:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    libraries = list(dict.fromkeys(result.library for result in results))
+    for axis, (kind, title) in zip(
+        axes, {"read": "reads the model", "update": "writes every array"}.items(), strict=True
+    ):
+        for number, library in enumerate(libraries):
+            series = sorted(
+                (result.leaves or 0, result.ratio)
+                for result in results
+                if result.library == library and result.case.startswith(kind)
+            )
+            style: dict[str, Any] = (
+                {"color": "black", "linestyle": "--", "linewidth": 1}
+                if library == RAW
+                else {"marker": "o", "color": f"C{number - 1}"}
+            )
+            if library == OURS:
+                style |= {"linewidth": 2.5}
+            leaves = [leaf_count for leaf_count, _ in series]
+            axis.plot(leaves, [ratio.median for _, ratio in series], label=library, **style)
+            if library != RAW:
+                axis.fill_between(
+                    leaves,
+                    [ratio.low for _, ratio in series],
+                    [ratio.high for _, ratio in series],
+                    alpha=0.2,
+                    linewidth=0,
+                    color=style["color"],
+                )
+        axis.set(xscale="log", yscale="log", xlabel="arrays in the model", title=f"a call that {title}")
+        ticks = sorted({result.leaves for result in results if result.leaves})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axis.minorticks_off()
+        axis.set_yticks([1, 2, 5, 10, 20, 50, 100, 200, 500], ["1", "2", "5", "10", "20", "50", "100", "200", "500"])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("time over raw jax.jit")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
