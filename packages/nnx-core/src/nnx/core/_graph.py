@@ -13,7 +13,7 @@ from nnx.core._errors import StaticError, StructureError, VariableError
 from nnx.core._object import Object, new_object
 from nnx.core._state import Entry, Path, Schema, State, path_text
 from nnx.core._static import StaticProblem, copy_static, fingerprint
-from nnx.core._variable import Buffer, Cell, Static, new_cell
+from nnx.core._variable import Buffer, Cell, Static, new_cell, unshared
 
 __all__ = ["Graph", "ModuleDef", "build", "merge_states", "walk"]
 
@@ -24,33 +24,38 @@ OBJECT, CELL, STATIC, METHOD = "object", "cell", "static", "method"
 
 
 class StaticEntry:
-    """A static value in a ModuleDef: equal by its fingerprint, copied out whenever it can change in place."""
+    """A static value in a ModuleDef: equal by its fingerprint, copied out whenever it can change in place.
 
-    __slots__ = ("by_identity", "explicit", "key", "mutable", "value")
+    One object in several places is one object again after `merge`, so which of the mutable statics are one is compared as well:
+    by `alias`, their number in the order of the walk (-1 for what cannot change).
+    """
 
-    def __init__(self, value: Any, key: Hashable, mutable: bool, by_identity: tuple[str, ...], explicit: bool) -> None:
+    __slots__ = ("alias", "by_identity", "explicit", "key", "mutable", "value")
+
+    def __init__(self, value: Any, key: Hashable, mutable: bool, by_identity: tuple[str, ...], explicit: bool, alias: int) -> None:
         self.value = value
         self.key = (key, explicit)
         self.mutable = mutable
         self.by_identity = by_identity
         self.explicit = explicit
+        self.alias = alias
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, StaticEntry) and self.key == other.key
+        return isinstance(other, StaticEntry) and self.key == other.key and self.alias == other.alias
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash((self.key, self.alias))
 
     def __repr__(self) -> str:
         return repr(self.value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_unpickle_static, (self.value, self.explicit))
+        return (_unpickle_static, (self.value, self.explicit, self.alias))
 
 
-def _unpickle_static(value: Any, explicit: bool) -> StaticEntry:
+def _unpickle_static(value: Any, explicit: bool, alias: int) -> StaticEntry:
     mark = fingerprint(value, arrays=explicit)
-    return StaticEntry(value, mark.key, mark.mutable, mark.by_identity, explicit)
+    return StaticEntry(value, mark.key, mark.mutable, mark.by_identity, explicit, alias)
 
 
 class Attribute(NamedTuple):
@@ -120,7 +125,7 @@ class ModuleDef(Generic[M]):
             VariableError: a Variable in a State has another type or metadata than here.
         """
         definition, values, extra = merge_states(self, states)
-        objects, _ = build(definition, values)
+        objects, _ = build(definition, [unshared(value) for value in values])
         root = objects[self.roots[0]]
         if extra:
             from nnx.core._update import add_entries
@@ -251,7 +256,7 @@ def walk(roots: Sequence[Object], known: Graph | None = None) -> Graph:
     cells: list[Cell] = []
     entries: list[Entry] = []
     nodes: list[Any] = []
-    statics: dict[int, tuple[Any, Hashable, bool]] = {}
+    statics: dict[int, tuple[Any, Hashable, bool, int]] = {}
     methods: list[tuple[int, list[Attribute], int, Path]] = []
     copies: dict[int, Any] = {}
     root_indices: list[int] = []
@@ -309,10 +314,10 @@ def walk(roots: Sequence[Object], known: Graph | None = None) -> Graph:
     definition = ModuleDef.of(
         tuple(NodeDef(kind, tuple(attributes)) for kind, attributes in nodes), Schema.of(entries), tuple(root_indices)
     )
-    return Graph(definition, objects, cells, list(statics.values()))
+    return Graph(definition, objects, cells, [(value, key, explicit) for value, key, explicit, _ in statics.values()])
 
 
-def _static_entry(value: Any, path: Path, statics: dict[int, tuple[Any, Hashable, bool]], copies: dict[int, Any]) -> StaticEntry:
+def _static_entry(value: Any, path: Path, statics: dict[int, tuple[Any, Hashable, bool, int]], copies: dict[int, Any]) -> StaticEntry:
     explicit = isinstance(value, Static)
     held = value._value if explicit else value
     try:
@@ -324,10 +329,13 @@ def _static_entry(value: Any, path: Path, statics: dict[int, tuple[Any, Hashable
             "changes and gradients would be lost. Assign a list or dict of Modules as a whole (it becomes an nnx.Sequence or "
             "nnx.Dict), put arrays into an nnx.Param, another Variable or an nnx.Node, or wrap a constant in nnx.Static"
         ) from None
+    alias = -1
     if mark.mutable:
-        statics.setdefault(id(held), (held, mark.key, explicit))
+        if id(held) not in statics:
+            statics[id(held)] = (held, mark.key, explicit, len(statics))
+        alias = statics[id(held)][3]
         held = copy_static(held, copies)
-    return StaticEntry(held, mark.key, mark.mutable, mark.by_identity, explicit)
+    return StaticEntry(held, mark.key, mark.mutable, mark.by_identity, explicit, alias)
 
 
 def statics_changed(statics: Sequence[tuple[Any, Hashable, bool]]) -> bool:

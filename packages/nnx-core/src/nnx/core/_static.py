@@ -16,15 +16,7 @@ import numpy as np
 __all__ = ["Fingerprint", "StaticProblem", "copy_static", "fingerprint", "is_plain_scalar"]
 
 _SCALARS = frozenset({type(None), bool, int, str, bytes, type(Ellipsis), type(NotImplemented), range})
-_IDENTITY_TYPES = (
-    type,
-    types.ModuleType,
-    types.BuiltinFunctionType,
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
-    types.MethodWrapperType,
-    types.GenericAlias,
-)
+_IDENTITY_TYPES = (type, types.ModuleType)
 _HEAP_TYPE = 1 << 9
 _COPY_HOOKS = ("__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__deepcopy__", "__iter__")
 
@@ -241,13 +233,16 @@ def _plain_fields(value: Any, kind: type) -> list[tuple[str, Any]] | None:
         named = {field.name for field in dataclasses.fields(kind)}
         fields = [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(kind)]
         return fields + [(name, item) for name, item in getattr(value, "__dict__", {}).items() if name not in named]
+    if isinstance(value, types.SimpleNamespace):
+        return list(vars(value).items())
     if not kind.__flags__ & _HEAP_TYPE or kind.__module__.partition(".")[0] in {"jax", "jaxlib", "numpy"}:
         return None
     own_rules = kind.__eq__ is not object.__eq__ and kind.__hash__ is not None
     hooks = any(getattr(kind, name, None) is not getattr(object, name, None) for name in _COPY_HOOKS)
-    if own_rules or hooks or not hasattr(value, "__dict__"):
+    slotted = any("__slots__" in base.__dict__ for base in kind.__mro__)
+    if own_rules or hooks or not (slotted or hasattr(value, "__dict__")):
         return None
-    fields = list(vars(value).items())
+    fields = list(getattr(value, "__dict__", {}).items())
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -312,7 +307,7 @@ def _copy_compound(value: Any, kind: type, memo: dict[int, Any]) -> Any:
     fields = _plain_fields(value, kind)
     if fields is None:
         return value
-    instance = object.__new__(kind)
+    instance = types.SimpleNamespace.__new__(kind) if isinstance(value, types.SimpleNamespace) else object.__new__(kind)
     memo[id(value)] = instance
     changed = not _is_frozen(kind)
     for name, item in fields:

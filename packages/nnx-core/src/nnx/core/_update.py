@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nnx.core._errors import PathError, StructureError
-from nnx.core._graph import CELL, METHOD, OBJECT, Attribute, ModuleDef, check_equivalent, fill, shadow, walk
+from nnx.core._graph import CELL, METHOD, OBJECT, STATIC, Attribute, ModuleDef, check_equivalent, fill, shadow, walk
 from nnx.core._layout import layout_of
 from nnx.core._object import Object, check_object_trace, invalidate, new_object, origin_of
 from nnx.core._state import Path, State, near_misses, path_text
 from nnx.core._static import StaticProblem, fingerprint
-from nnx.core._variable import Buffer, Cell, Static, check_cell_trace, new_cell
+from nnx.core._variable import Buffer, Cell, Static, check_cell_trace, new_cell, unshared
 
 __all__ = ["add_entries", "remove_cells", "sync", "update_from_definition", "update_values"]
 
@@ -41,7 +41,7 @@ def update_values(root: Object, states: Sequence[State]) -> None:
             if kind is not Buffer:
                 check_equivalent(path_text(path), type(cell), cell._metadata, kind, metadata)
             check_cell_trace(cell, f"{path_text(path)} of the {type(root).__name__}", origin_of(root))
-            writes.append((cell, value))
+            writes.append((cell, unshared(value)))
     parents = [_parent_of(root, path) for path in extra]
     for parent, path in zip(parents, extra, strict=True):
         _check_free(parent, path)
@@ -77,11 +77,11 @@ def _add(parent: Object, path: Path, kind: type[Cell], metadata: Any, value: Any
         # Reached by a second path: a tied Variable, or a part of a shared Module.
         if kind is not Buffer:
             check_equivalent(path_text(path), type(existing), existing._metadata, kind, metadata)
-        existing._value = value
+        existing._value = unshared(value)
         return
     invalidate(parent)
     parent.__dict__.pop(path[-1], None)
-    parent._nnx_cells[path[-1]] = new_cell(kind, value, metadata, owned=True)
+    parent._nnx_cells[path[-1]] = new_cell(kind, unshared(value), metadata, owned=True)
     shadow(type(parent), path[-1])
 
 
@@ -119,6 +119,7 @@ def update_from_definition(root: Object, moduledef: ModuleDef[Any], values: Sequ
 
     Objects and cells are matched by path, and kept where their types (and metadata) agree.
     """
+    values = [unshared(value) for value in values]
     graph = walk((root,))
     if graph.moduledef is moduledef:
         for cell, path in zip(graph.cells, moduledef.schema.paths, strict=True):
@@ -169,13 +170,14 @@ def sync(
         for cell, (_, kind, metadata), value in zip(cells, moduledef.schema.entries, values, strict=True)
     ]
     all_objects = [new_object(node.type) if item is None else item for item, node in zip(objects, moduledef.nodes, strict=True)]
+    live = _live_statics(moduledef, objects)
     changed = []
     for instance, old, node in zip(all_objects, objects, moduledef.nodes, strict=True):
-        if old is None or _differs(instance, node.attributes, all_objects, all_cells):
+        if old is None or _differs(instance, node.attributes, all_objects, all_cells, live):
             if old is not None:
                 check_object_trace(instance, "")
             changed.append((instance, node.attributes))
-    copies: dict[int, Any] = {}
+    copies = {id(entry.value): live[entry.alias] for _, _, entry in _mutable_statics(moduledef) if entry.alias in live}
     for instance, attributes in changed:
         kept = _unchanged_statics(instance, attributes)
         invalidate(instance)
@@ -189,7 +191,34 @@ def sync(
     return all_objects, all_cells
 
 
-def _differs(instance: Object, attributes: Sequence[Attribute], objects: Sequence[Object], cells: Sequence[Cell]) -> bool:
+def _mutable_statics(moduledef: ModuleDef[Any]) -> Iterator[tuple[int, str, Any]]:
+    """The mutable statics of a definition, as (number of the node, attribute, entry)."""
+    for number, node in enumerate(moduledef.nodes):
+        for name, kind, payload in node.attributes:
+            if kind is STATIC and payload.mutable:
+                yield number, name, payload
+
+
+def _live_statics(moduledef: ModuleDef[Any], objects: Sequence[Object | None]) -> dict[int, Any]:
+    """The live objects that play mutable statics of a definition, by alias: where one is unchanged, it stays itself."""
+    live: dict[int, Any] = {}
+    taken: set[int] = set()
+    for number, name, entry in _mutable_statics(moduledef):
+        instance = objects[number]
+        if instance is None or entry.alias in live:
+            continue
+        held = instance._nnx_cells.get(name, instance.__dict__.get(name, _ABSENT))
+        if _same_static(held, entry):
+            value = held._value if entry.explicit else held
+            if id(value) not in taken:
+                taken.add(id(value))
+                live[entry.alias] = value
+    return live
+
+
+def _differs(
+    instance: Object, attributes: Sequence[Attribute], objects: Sequence[Object], cells: Sequence[Cell], live: dict[int, Any]
+) -> bool:
     current = dict(instance._nnx_children())
     if len(current) != len(attributes):
         return True
@@ -203,6 +232,8 @@ def _differs(instance: Object, attributes: Sequence[Attribute], objects: Sequenc
             same = isinstance(held, types.MethodType) and held.__self__ is objects[payload[0]] and held.__func__ is payload[1]
         else:
             same = _same_static(held, payload)
+            if same and payload.mutable:
+                same = live.get(payload.alias) is (held._value if payload.explicit else held)
         if not same:
             return True
     return False
@@ -225,7 +256,7 @@ def _same_static(held: Any, entry: Any) -> bool:
 def _unchanged_statics(instance: Object, attributes: Sequence[Attribute]) -> dict[str, Any]:
     kept = {}
     for name, kind, payload in attributes:
-        if kind not in (OBJECT, CELL, METHOD) and not payload.explicit:
+        if kind is STATIC and not payload.explicit and not payload.mutable:
             held = instance.__dict__.get(name, _ABSENT)
             if _same_static(held, payload):
                 kept[name] = held
