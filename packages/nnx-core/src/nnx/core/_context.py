@@ -44,7 +44,7 @@ def _as_key(seed: Any, name: str) -> Any:
         if seed.dtype == np.uint32 and seed.ndim >= 1:
             return jax.random.wrap_key_data(jnp.asarray(seed))
         if seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer):
-            return jax.random.key(seed)
+            return jax.random.key(seed)  # type: ignore[arg-type]
     elif isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
         return jax.random.key(int(seed))
     raise ContextError(

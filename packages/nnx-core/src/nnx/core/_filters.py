@@ -14,7 +14,7 @@ import numpy as np
 from nnx.core._errors import FilterError
 from nnx.core._variable import Buffer, Cell
 
-__all__ = ["All", "Any_", "Everything", "Filter", "FilterLike", "Not", "Nothing", "PathGlob", "buffers", "to_filter"]
+__all__ = ["All", "Any_", "Everything", "Filter", "FilterLike", "Not", "Nothing", "Path", "PathGlob", "buffers", "to_filter"]
 
 Path = tuple[str, ...]
 FilterLike = Any  # type | ... | None | str | Callable[[Path, Any], bool] | tuple[FilterLike, ...] | Filter

@@ -194,6 +194,6 @@ PureModule = Pure
 jax.tree_util.register_pytree_with_keys(
     Pure,
     lambda pure: (((jax.tree_util.SequenceKey(0), pure[0]), (jax.tree_util.SequenceKey(1), pure[1])), None),
-    lambda _, children: Pure((children[0], children[1])),
+    lambda _, children: Pure(tuple(children)),
     lambda pure: ((pure[0], pure[1]), None),
 )

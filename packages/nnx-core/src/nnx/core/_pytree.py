@@ -27,6 +27,8 @@ class TreeNode(Generic[A]):
 
     __slots__ = ("_value",)
 
+    _value: A
+
     def __init__(self, value: A) -> None:
         object.__setattr__(self, "_value", value)
 
@@ -37,7 +39,7 @@ class TreeNode(Generic[A]):
     @property
     def value(self) -> A:
         """The value."""
-        return self._value  # type: ignore[no-any-return]
+        return self._value
 
     def replace(self, value: Any) -> Self:
         """Return a TreeNode with another value."""
@@ -54,7 +56,7 @@ def _register_tree_node(kind: type[TreeNode[Any]]) -> None:
     jax.tree_util.register_pytree_with_keys(
         kind,
         lambda node: (((jax.tree_util.GetAttrKey("value"), node._value),), None),
-        lambda _, children: _rebuild_tree_node(kind, children[0]),
+        lambda _, children: _rebuild_tree_node(kind, *children),
         lambda node: ((node._value,), None),
     )
 
@@ -71,7 +73,7 @@ register_node_type(TreeNode)
 
 class _PytreeMeta(abc.ABCMeta):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        tree = cls.__new__(cls, *args, **kwargs)
+        tree: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
         tree.__dict__["_pytree_initializing"] = True
         tree.__init__(*args, **kwargs)
         # Gone only when the outermost __init__ has returned, so that a subclass may go on after super().__init__().

@@ -16,7 +16,7 @@ from nnx.core._errors import FilterError, PathError, StructureError
 from nnx.core._filters import Filter, FilterLike, Path, to_filters
 from nnx.core._variable import Buffer, Cell, Metadata, decode_type, encode_type, new_cell
 
-__all__ = ["Entry", "Schema", "State", "natural_key", "near_misses", "path_text"]
+__all__ = ["Entry", "Path", "Schema", "State", "natural_key", "near_misses", "path_text"]
 
 _NO_METADATA = Metadata.of({})
 
@@ -418,5 +418,8 @@ def _flatten_with_keys(state: State) -> tuple[Any, Any]:
 
 
 jax.tree_util.register_pytree_with_keys(
-    State, _flatten_with_keys, State.from_columns, lambda state: (state._values, state._schema)
+    State,
+    _flatten_with_keys,
+    lambda schema, values: State.from_columns(schema, tuple(values)),
+    lambda state: (state._values, state._schema),
 )

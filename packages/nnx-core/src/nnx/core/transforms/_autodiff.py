@@ -141,13 +141,13 @@ def value_and_grad(
                 leaves, tree = jax.tree.flatten(arg, is_leaf=_is_packed)
                 if n in wanted:
                     others = iter(jax.tree.leaves(bare[n]))
-                    built.append(tree.unflatten([one(leaf, None) if type(leaf) is Packed else next(others) for leaf in leaves]))
+                    built.append(jax.tree.unflatten(tree, [one(leaf, None) if type(leaf) is Packed else next(others) for leaf in leaves]))
                 else:
-                    built.append(tree.unflatten([one(leaf, leaf) for leaf in leaves]))
+                    built.append(jax.tree.unflatten(tree, [one(leaf, leaf) for leaf in leaves]))
             named = {}
             for name, arg in packed_kwargs.items():
                 leaves, tree = jax.tree.flatten(arg, is_leaf=_is_packed)
-                named[name] = tree.unflatten([one(leaf, leaf) for leaf in leaves])
+                named[name] = jax.tree.unflatten(tree, [one(leaf, leaf) for leaf in leaves])
             out, changed, outcome = run(function, inputs, built, {name: named[name] for name in kwargs})
             if has_aux:
                 if not (isinstance(out, tuple) and len(out) == 2):
@@ -187,7 +187,7 @@ def _assemble(selected: Any, packed: Any, bare: Any, by_place: dict[tuple[int, i
             result.append(State.from_columns(item.schema, [by_place[place] for place in item.places]))
         else:
             result.append(next(others))
-    return tree.unflatten(result)
+    return jax.tree.unflatten(tree, result)
 
 
 def _lift_callable(f: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -104,7 +104,7 @@ class JitWrapped(Generic[P, R]):
             options["in_shardings"] = self._in_shardings(options["in_shardings"], shift)
         if options.get("out_shardings") is not None:
             options["out_shardings"] = (options["out_shardings"], None, None)
-        self._jitted = jax.jit(
+        self._jitted: Any = jax.jit(
             _traced(target, donated, names, options.pop("max_traces", None)),
             **{k: v for k, v in options.items() if v is not None},
         )
@@ -181,7 +181,7 @@ class JitWrapped(Generic[P, R]):
         self._jitted.clear_cache()
 
     def _cache_size(self) -> int:
-        return self._jitted._cache_size()  # type: ignore[no-any-return]
+        return self._jitted._cache_size()
 
     def __repr__(self) -> str:
         return f"nnx.jit({getattr(self, '__qualname__', self._jitted)})"
@@ -264,7 +264,8 @@ def _named_and_numbered(target: Any, numbers: Any, names: Any) -> tuple[tuple[in
 
 def _separate(wrapped: JitWrapped[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Give each cell of the donated Modules an array of its own: a buffer can be donated but once, and not if it is used beside."""
-    donated, others = [], []
+    donated: list[Any] = []
+    others: list[Any] = []
     for i, arg in enumerate(args):
         (donated if i in wrapped._donated else others).append(arg)
     for name, arg in kwargs.items():
@@ -297,9 +298,35 @@ def _cells_and_leaves(tree: Any) -> tuple[list[Cell], list[Any]]:
 
 
 @overload
-def jit(f: Callable[P, R], /, **options: Any) -> JitWrapped[P, R]: ...
+def jit(
+    f: Callable[P, R],
+    /,
+    *,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
+    keep_unused: bool | None = None,
+    inline: bool | None = None,
+    max_traces: int | None = None,
+) -> JitWrapped[P, R]: ...
 @overload
-def jit(f: None = None, /, **options: Any) -> Callable[[Callable[P, R]], JitWrapped[P, R]]: ...
+def jit(
+    f: None = None,
+    /,
+    *,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
+    keep_unused: bool | None = None,
+    inline: bool | None = None,
+    max_traces: int | None = None,
+) -> Callable[[Callable[P, R]], JitWrapped[P, R]]: ...
 def jit(
     f: Any = None,
     /,
