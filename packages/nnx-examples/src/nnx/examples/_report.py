@@ -55,11 +55,11 @@ def draw_report(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13, 8.5), layout="constrained")
+    figure: Any = Figure(figsize=(13, 8.5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     # Without pyplot: no global state, no window, whatever the user's matplotlib is set to.
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     figure.suptitle(title, fontsize=14, fontweight="bold")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     loss_axes, accuracy_axes = left.subplots(2, 1, sharex=True)
@@ -69,7 +69,7 @@ def draw_report(
     _draw_curves(
         accuracy_axes, "accuracy", curves.train_steps, curves.train_accuracy, curves.test_steps, curves.test_accuracy
     )
-    accuracy_axes.set_ylim(min(0.9, *curves.test_accuracy[-1:], 1), 1.003)
+    accuracy_axes.set_ylim(min(0.9, curves.test_accuracy[-1] - 0.02), 1.003)
     accuracy_axes.set_xlabel("step")
     predicted = logits.argmax(-1)
     _draw_confusion(confusion, labels, predicted)
@@ -92,10 +92,13 @@ def _draw_confusion(figure: Any, labels: np.ndarray, predicted: np.ndarray) -> N
     np.add.at(counts, (labels, predicted), 1)
     axes = figure.subplots()
     # By rows, so that digits with more images look no better; and by root, so that a single mistake can be seen.
-    axes.imshow(np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1)), cmap="Blues", vmin=0, vmax=1.15)
+    shares = np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))
+    right = np.eye(10, dtype=bool)
+    axes.imshow(np.ma.masked_where(~right, shares), cmap="Blues", vmin=0, vmax=1.15)
+    axes.imshow(np.ma.masked_where(right, shares), cmap="Reds", vmin=0, vmax=1.15)
     for (row, column), count in np.ndenumerate(counts):
         if count:
-            color = "white" if row == column else "#b3261e"
+            color = "white" if shares[row, column] > 0.6 else "black"
             axes.text(column, row, str(count), ha="center", va="center", fontsize=9, color=color, fontweight="bold")
     axes.set_xticks(range(10))
     axes.set_yticks(range(10))

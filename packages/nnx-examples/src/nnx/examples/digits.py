@@ -33,6 +33,10 @@ BATCH_SIZE = 64
 STEPS = 880  # 40 epochs of 22 steps
 CHECKPOINT_EVERY = 110
 
+Array = jax.Array | np.ndarray
+
+MEASURED = ("loss", "accuracy", "test_step", "test_loss", "test_accuracy")
+
 TRAINING = {"deterministic": False, "use_running_average": False}
 TESTING = {"deterministic": True, "use_running_average": True}
 
@@ -53,7 +57,7 @@ class ConvNet(nnx.Module):
         self.dropout = nnx.Dropout(0.4)
         self.logits = nnx.Linear(128, 10, ctx=ctx)
 
-    def __call__(self, x: jax.Array, *, ctx: nnx.Context) -> jax.Array:
+    def __call__(self, x: Array, *, ctx: nnx.Context) -> jax.Array:
         """Apply the network; the flags of `ctx` say whether it is training."""
         x = nnx.max_pool(nnx.relu(self.norm1(self.conv1(x), ctx=ctx)), (2, 2), (2, 2))
         x = nnx.max_pool(nnx.relu(self.norm2(self.conv2(x), ctx=ctx)), (2, 2), (2, 2))
@@ -71,7 +75,7 @@ def make_optimizer() -> optax.GradientTransformation:
     return optax.adam(optax.warmup_cosine_decay_schedule(0.0, 3e-3, STEPS // 20, STEPS, 3e-5))
 
 
-def shift(images: jax.Array, key: jax.Array) -> jax.Array:
+def shift(images: Array, key: jax.Array) -> jax.Array:
     """Move half of the images by up to one pixel either way, so that the network learns shapes and not places.
 
     Not all of them: the test images are centred, and there were twice as many mistakes when none of the others was.
@@ -89,12 +93,12 @@ def training_context(seed_key: jax.Array, step: jax.Array) -> nnx.Context:
     return nnx.context(dropout=key, shift=key, flags=TRAINING)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: Array) -> jax.Array:
     """The mean loss of a batch, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def batch_metrics(loss: jax.Array, logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+def batch_metrics(loss: jax.Array, logits: jax.Array, labels: Array) -> dict[str, jax.Array]:
     """What is recorded of a step."""
     return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
 
@@ -131,7 +135,7 @@ class Functional:
     @staticmethod
     @functools.partial(jax.jit, donate_argnums=0)
     def _train_step(
-        state: nnx.TrainState, seed_key: jax.Array, images: jax.Array, labels: jax.Array
+        state: nnx.TrainState, seed_key: jax.Array, images: Array, labels: Array
     ) -> tuple[nnx.TrainState, dict[str, jax.Array]]:
         def loss_fn(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
             ctx = training_context(seed_key, state.step)
@@ -149,7 +153,7 @@ class Functional:
 
     @staticmethod
     @jax.jit
-    def _predict(state: nnx.TrainState, images: jax.Array) -> jax.Array:
+    def _predict(state: nnx.TrainState, images: Array) -> jax.Array:
         logits, _ = state.apply("params", "batch_stats")(images, ctx=nnx.context(flags=TESTING))
         return logits
 
@@ -174,7 +178,7 @@ class Lifted:
     @staticmethod
     @nnx.jit
     def _train_step(
-        model: ConvNet, optimizer: nnx.Optimizer, seed_key: jax.Array, images: jax.Array, labels: jax.Array
+        model: ConvNet, optimizer: nnx.Optimizer, seed_key: jax.Array, images: Array, labels: Array
     ) -> dict[str, jax.Array]:
         def loss_fn(model: ConvNet) -> tuple[jax.Array, jax.Array]:
             ctx = training_context(seed_key, optimizer.step)
@@ -191,7 +195,7 @@ class Lifted:
 
     @staticmethod
     @nnx.jit
-    def _predict(model: ConvNet, images: jax.Array) -> jax.Array:
+    def _predict(model: ConvNet, images: Array) -> jax.Array:
         return model(images, ctx=nnx.context(flags=TESTING))
 
     def parameters(self) -> nnx.State:
@@ -252,7 +256,8 @@ def run(
     data = load_digits()
     trainer = STYLES[config["style"]](config["seed"])
     with nnx.Checkpointer(out / "checkpoints", save_every=CHECKPOINT_EVERY, keep_last=2) as checkpointer:
-        step, history = 0, {"loss": [], "accuracy": [], "test_step": [], "test_loss": [], "test_accuracy": []}
+        step = 0
+        history: dict[str, list[float]] = {name: [] for name in MEASURED}
         if resume:
             restored = checkpointer.restore(like=trainer.checkpointed)
             trainer.checkpointed, step, history = restored.value, restored.step, restored.extra["history"]
@@ -344,7 +349,7 @@ def _report(
     )
     draw_report(
         out / "report.png",
-        title=f"test accuracy {accuracy:.4f} after {step} steps ({config['style']} style, seed {config['seed']})",
+        title=f"test accuracy {accuracy:.4f} at step {step} ({config['style']} style, seed {config['seed']})",
         curves=curves,
         images=data.test_images,
         labels=data.test_labels,
@@ -356,7 +361,7 @@ def _report(
 def _settle_config(out: Path, asked: dict[str, Any], *, resume: bool) -> dict[str, Any]:
     """Decide what is run in `out`, and refuse to mix up two runs."""
     file = out / "config.json"
-    found = json.loads(file.read_text()) if file.exists() else None
+    found: Any = json.loads(file.read_text()) if file.exists() else None
     checkpoints = out / "checkpoints"
     steps = (
         sorted(int(entry.name) for entry in checkpoints.iterdir() if entry.name.isdigit())

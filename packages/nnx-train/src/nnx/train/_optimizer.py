@@ -65,6 +65,10 @@ class Optimizer(Module):
         1 3.0
     """
 
+    # What reading the attribute gives: the Variable's value.
+    step: jax.Array
+    _treedef: Any
+
     def __init__(self, model: Module, tx: Any, wrt: Any = Param) -> None:
         if not isinstance(model, Module):
             raise TypeError(f"Optimizer takes a Module first, got {type(model).__name__}: `Optimizer(model, tx)`")
@@ -76,7 +80,8 @@ class Optimizer(Module):
             raise StructureError(
                 f"Optimizer: wrt={wrt!r} selects nothing of this {type(model).__name__}: {known_names('', paths)}"
             )
-        self.step = OptState(jnp.zeros((), jnp.int32))
+        step: Any = OptState(jnp.zeros((), jnp.int32))
+        self.step = step
         leaves, self._treedef = jax.tree_util.tree_flatten_with_path(init_optimizer(self.tx, params))
         self._params = params.paths
         self._leaves = _leaf_paths([path for path, _ in leaves])

@@ -140,7 +140,8 @@ class TrainState:
         groups: dict[str, list[tuple[str, ...]]] = {}
         rest = state - params
         for path, kind, _ in rest.schema.entries:
-            name = "frozen" if kind.collection == "params" else kind.collection or "buffers"
+            collection: str = getattr(kind, "collection", "") or "buffers"
+            name = "frozen" if collection == "params" else collection
             groups.setdefault(f"{name}_state" if name in cls._own else name, []).append(path)
         states = {name: State({path: rest[path] for path in paths}) for name, paths in groups.items()}
         return cls(moduledef, params=params, tx=tx, step=step, **states)
