@@ -26,10 +26,12 @@ class Layout:
         cells: the cells, in the order of the definition's schema.
         statics: the mutable statics, each with its key at the time of the walk.
         token: stands for this layout in the keys of `after`, without keeping it alive.
-        after: layouts of the same root for calls in which other roots came before it.
+        after: layouts of the same root for calls in which other roots came before it; None stands for this one, which must not
+            refer to itself or it would wait for the garbage collector.
+        root: the root, weakly, so that it can drop a layout that is out of date together with the arrays that only this knows.
     """
 
-    __slots__ = ("__weakref__", "after", "cells", "moduledef", "statics", "token", "trace", "valid")
+    __slots__ = ("__weakref__", "after", "cells", "moduledef", "root", "statics", "token", "trace", "valid")
 
     def __init__(self, graph: Graph) -> None:
         self.valid = True
@@ -37,7 +39,8 @@ class Layout:
         self.cells: list[Cell] = graph.cells
         self.statics: list[tuple[Any, Hashable, bool]] = graph.statics
         self.token = object()
-        self.after: dict[tuple[object, ...], Layout] = {}
+        self.after: dict[tuple[object, ...], Layout | None] = {}
+        self.root: weakref.ref[Object] | None = weakref.ref(graph.objects[0]) if graph.objects else None
         traces = {cell._trace for cell in graph.cells}
         # The one trace that all cells belong to lets a call check them all at once; cells of several are checked one by one.
         self.trace = traces.pop() if len(traces) == 1 else None
@@ -73,14 +76,12 @@ def layout_after(root: Object, earlier: Sequence[tuple[Object, Layout]]) -> Layo
         # Alone it is not whole, as when it keeps a bound method of a root before it.
         return Layout(walk_in_turn(roots)[-1])
     key = tuple([layout.token for _, layout in earlier])
-    found = own.after.get(key)
-    if found is None:
+    if key not in own.after:
         graph = walk_in_turn(roots)[-1]
-        found = own if graph.moduledef is own.moduledef else Layout(graph)
         if len(own.after) >= 8:
             own.after.clear()
-        own.after[key] = found
-    return found
+        own.after[key] = None if graph.moduledef is own.moduledef else Layout(graph)
+    return own.after[key] or own
 
 
 def walk_in_turn(roots: Sequence[Object]) -> list[Graph]:

@@ -105,9 +105,10 @@ def invalidate(instance: Object) -> None:
             layout = reference()
             if layout is not None:
                 layout.valid = False
+                root = layout.root() if layout.root is not None else None
+                if root is not None and root._nnx_layout is layout:
+                    set_layout(root, None)  # it may be the last to know arrays that are about to go
         set_layouts(instance, [])
-    # A cache may hold what is about to change; dropping it also frees the arrays that only it still knows.
-    set_layout(instance, None)
 
 
 def check_object_trace(instance: Object, name: str, verb: str = "write") -> None:
