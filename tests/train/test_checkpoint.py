@@ -287,6 +287,25 @@ def test_steps_saving_and_retention(tmp_path):
         assert checkpointer.steps == (20, 22, 23, 24, 25)
 
 
+def test_a_save_that_was_killed_leaves_nothing_that_matters(tmp_path):
+    program = """
+import os, sys, jax.numpy as jnp, nnx
+checkpointer = nnx.Checkpointer(sys.argv[1])
+checkpointer.save(0, {"x": jnp.ones(2)})
+checkpointer.wait()
+checkpointer.save(1000, {"x": jnp.ones(4_000_000)})
+os.kill(os.getpid(), 9)
+"""
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False, timeout=120)
+    assert killed.returncode == -9
+    with nnx.Checkpointer(tmp_path) as checkpointer:
+        # Whether the second was done when the signal came or not: what is listed is whole.
+        size = {0: 2, 1000: 4_000_000}[checkpointer.latest_step]
+        assert float(checkpointer.restore(like={"x": jnp.zeros(size)}).value["x"].sum()) == size
+        assert checkpointer.save(2000, {"x": jnp.full(2, 7.0)})
+        np.testing.assert_array_equal(checkpointer.restore(like={"x": jnp.zeros(2)}).value["x"], [7, 7])
+
+
 def test_a_relative_directory_is_fixed_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()

@@ -69,7 +69,7 @@ def draw_report(
     _draw_curves(
         accuracy_axes, "accuracy", curves.train_steps, curves.train_accuracy, curves.test_steps, curves.test_accuracy
     )
-    accuracy_axes.set_ylim(min(0.9, curves.test_accuracy[-1] - 0.02), 1.003)
+    accuracy_axes.set_ylim(min(0.9, curves.test_accuracy[-1] - 0.02, curves.train_accuracy[-1] - 0.02), 1.003)
     accuracy_axes.set_xlabel("step")
     predicted = logits.argmax(-1)
     _draw_confusion(confusion, labels, predicted)
@@ -95,7 +95,7 @@ def _draw_confusion(figure: Any, labels: np.ndarray, predicted: np.ndarray) -> N
     shares = np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))
     right = np.eye(10, dtype=bool)
     axes.imshow(np.ma.masked_where(~right, shares), cmap="Blues", vmin=0, vmax=1.15)
-    axes.imshow(np.ma.masked_where(right, shares), cmap="Reds", vmin=0, vmax=1.15)
+    axes.imshow(np.ma.masked_where(right | (counts == 0), shares), cmap="Reds", vmin=0, vmax=1.15)
     for (row, column), count in np.ndenumerate(counts):
         if count:
             color = "white" if shares[row, column] > 0.6 else "black"

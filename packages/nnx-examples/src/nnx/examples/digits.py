@@ -57,7 +57,7 @@ class ConvNet(nnx.Module):
         self.dropout = nnx.Dropout(0.4)
         self.logits = nnx.Linear(128, 10, ctx=ctx)
 
-    def __call__(self, x: Array, *, ctx: nnx.Context) -> jax.Array:
+    def __call__(self, x: jax.Array, *, ctx: nnx.Context) -> jax.Array:
         """Apply the network; the flags of `ctx` say whether it is training."""
         x = nnx.max_pool(nnx.relu(self.norm1(self.conv1(x), ctx=ctx)), (2, 2), (2, 2))
         x = nnx.max_pool(nnx.relu(self.norm2(self.conv2(x), ctx=ctx)), (2, 2), (2, 2))
@@ -196,7 +196,7 @@ class Lifted:
     @staticmethod
     @nnx.jit
     def _predict(model: ConvNet, images: Array) -> jax.Array:
-        return model(images, ctx=nnx.context(flags=TESTING))
+        return model(jnp.asarray(images), ctx=nnx.context(flags=TESTING))
 
     def parameters(self) -> nnx.State:
         """All the arrays of the model."""
