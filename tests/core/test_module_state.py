@@ -453,3 +453,100 @@ def test_mutable_state_dict_reads_and_writes_in_place():
     assert model.child.w == 4.0
     assert ("child", "w") in model.mutable_state_dict()
     assert "child/w" in repr(leaves["child/w"])
+
+
+# Edits in place
+
+
+class Editable(nnx.Module):
+    """Data that Python can edit in place: a NumPy buffer, a list in a Node, a dict in a Cache."""
+
+    def __init__(self):
+        self.table = np.array([1, 2])
+        self.node = nnx.Node([jnp.ones(1)])
+        self.cache = nnx.Cache({"k": jnp.ones(1)})
+
+    def edit(self):
+        self.table += 1
+        self.node.append(jnp.zeros(1))
+        self.cache["k"] = jnp.zeros(1)
+        self.cache["new"] = jnp.zeros(1)
+
+
+def _held(source):
+    """What an Editable or its State holds, as plain numbers."""
+    table, node, cache = (source[name] for name in ("table", "node", "cache"))
+    return [table.tolist(), [x.tolist() for x in node.value], {k: x.tolist() for k, x in cache.value.items()}]
+
+
+FRESH = [[1, 2], [[1.0]], {"k": [1.0]}]
+EDITED = [[2, 3], [[1.0], [0.0]], {"k": [0.0], "new": [0.0]}]
+
+
+def test_edits_in_place_do_not_reach_a_state():
+    model = Editable()
+    state = model.get_state()
+    model.edit()
+    assert _held(model.get_state()) == EDITED
+    assert _held(state) == FRESH
+
+
+def test_apply_does_not_edit_its_state():
+    state, moduledef = Editable().partition()
+    for _ in range(2):
+        _, (changed, _) = moduledef.apply(state).edit()
+        assert _held(changed) == EDITED
+        assert _held(state) == FRESH
+    moduledef.merge(state).edit()
+    assert _held(state) == FRESH
+
+
+def test_update_state_takes_no_hold_of_a_state():
+    model, other = Editable(), Editable()
+    state, pure = model.get_state(), model.partition()
+    other.update_state(state)
+    other.edit()
+    other.update_state(pure)
+    other.edit()
+    other.update_state(model)
+    other.edit()
+    assert _held(state) == _held(pure.state) == _held(model.get_state()) == FRESH
+    popped = other.pop_state(...)
+    other.update_state(popped)
+    other.edit()
+    assert _held(popped) == EDITED
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.grad], ids=["jit", "grad"])
+def test_edits_in_place_come_out_of_transforms(transform):
+    model = Editable()
+
+    def function(x, model):
+        model.edit()
+        return x
+
+    transform(function)(1.0, model)
+    assert _held(model.get_state()) == EDITED
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.grad], ids=["jit", "grad"])
+def test_edits_in_place_before_an_exception_do_not(transform):
+    model = Editable()
+
+    def function(x, model):
+        model.edit()
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        transform(function)(1.0, model)
+    assert _held(model.get_state()) == FRESH
+
+
+def test_read_only_arrays_are_shared():
+    """A memory-mapped table is not read into memory by looking at it."""
+    module = nnx.Module()
+    table = np.arange(3)
+    table.flags.writeable = False
+    module.table = table
+    assert module.get_state()["table"] is table
+    assert module.partition().merge().table is table

@@ -126,12 +126,12 @@ class ModuleDef(Generic[M]):
         """
         definition, values, extra = merge_states(self, states)
         objects, _ = build(definition, [unshared(value) for value in values])
-        root = objects[self.roots[0]]
+        root: Any = objects[self.roots[0]]
         if extra:
             from nnx.core._update import add_entries
 
             add_entries(root, extra)
-        return root  # type: ignore[no-any-return]
+        return root
 
     def apply(self, *states: State) -> Any:
         """Call the Module, one of its methods or submodules, as a pure function of its State.
@@ -143,7 +143,7 @@ class ModuleDef(Generic[M]):
         from nnx.core._pure import Pure, caller
 
         def run(access: Callable[[Any], Any], args: Any, kwargs: Any) -> Any:
-            module = self.merge(*states)
+            module: Any = self.merge(*states)
             out = access(module)(*args, **kwargs)
             return out, Pure.of(module)
 
@@ -195,7 +195,8 @@ class ModuleDef(Generic[M]):
     def node_paths(self) -> list[Path]:
         """The first path to each object."""
         paths: list[Path | None] = [None] * len(self.nodes)
-        stack: list[tuple[int, Path]] = [(root, (str(i),) if len(self.roots) > 1 else ()) for i, root in enumerate(self.roots)][::-1]
+        starts: list[Path] = [(str(i),) if len(self.roots) > 1 else () for i in range(len(self.roots))]
+        stack = list(zip(self.roots, starts, strict=True))[::-1]
         while stack:
             index, path = stack.pop()
             if index < 0 or paths[index] is not None:

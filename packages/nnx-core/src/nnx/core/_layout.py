@@ -10,7 +10,7 @@ from nnx.core._errors import StaticError
 from nnx.core._graph import Graph, ModuleDef, statics_changed, walk
 from nnx.core._object import Object, set_layout
 from nnx.core._state import State
-from nnx.core._variable import Cell
+from nnx.core._variable import Cell, unshared
 
 __all__ = ["Layout", "layout_of", "layout_after", "state_of", "walk_in_turn"]
 
@@ -99,4 +99,4 @@ def walk_in_turn(roots: Sequence[Object]) -> list[Graph]:
 
 def state_of(layout: Layout) -> State:
     """The State of a graph: its values as they are now."""
-    return State.from_columns(layout.moduledef.schema, tuple([cell._value for cell in layout.cells]))
+    return State.from_columns(layout.moduledef.schema, tuple([unshared(cell._value) for cell in layout.cells]))

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
+import numpy as np
 
 from nnx.core._errors import TraceContextError, VariableError
 from nnx.core._static import StaticProblem, copy_static, fingerprint
@@ -28,6 +29,7 @@ __all__ = [
     "Variable",
     "VariableMetadata",
     "new_cell",
+    "unshared",
     "var",
     "with_metadata",
 ]
@@ -111,8 +113,8 @@ class VariableMetadata(Generic[A]):
         if isinstance(value, VariableMetadata):  # of one wrapped initializer inside another, whose metadata win
             metadata = {**value.metadata, **metadata}
             value = value.value
-        self.value = value
-        self.metadata = dict(metadata)
+        self.value: A = value
+        self.metadata: dict[str, Any] = dict(metadata)
 
 
 def with_metadata(initializer: F, **metadata: Any) -> F:
@@ -175,6 +177,16 @@ def new_cell(kind: type[Cell], value: Any, metadata: Metadata = _NO_METADATA, *,
     set_trace(cell, None if frozen else current_trace())
     cell._value = value  # not the slot's setter: a stream's value is a property
     return cell
+
+
+_EDITABLE = frozenset({np.ndarray, list, dict, tuple})
+
+
+def unshared(value: Any) -> Any:
+    """A value that no edit in place can reach from where it came: a State is no view of a Module, nor a Module of a State."""
+    if type(value) not in _EDITABLE:
+        return value
+    return jax.tree.map(lambda leaf: leaf.copy() if type(leaf) is np.ndarray and leaf.flags.writeable else leaf, value)
 
 
 def write_cell(cell: Cell, value: Any) -> None:

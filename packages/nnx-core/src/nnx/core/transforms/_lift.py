@@ -19,7 +19,7 @@ from nnx.core._object import Object, set_layout
 from nnx.core._state import path_text
 from nnx.core._tracing import current_trace
 from nnx.core._update import sync
-from nnx.core._variable import Cell, check_cell_trace, set_value
+from nnx.core._variable import Cell, check_cell_trace, set_value, unshared
 
 __all__ = ["Frame", "Inputs", "Outcome", "Packed", "finish", "is_object", "is_packed", "lifting", "pack", "register", "run"]
 
@@ -277,7 +277,7 @@ class Inputs:
 
     def add(self, moduledef: ModuleDef[Any], values: Sequence[Any]) -> Object:
         """Build one more root."""
-        objects, cells = build(moduledef, values, self.objects, self.cells)
+        objects, cells = build(moduledef, [unshared(value) for value in values], self.objects, self.cells)
         (root,) = moduledef.roots
         found = objects[root] if root >= 0 else self.objects[-1 - root]
         self.spans.append((len(self.cells), len(self.cells) + len(cells)))
@@ -404,8 +404,9 @@ class _Before:
         self.value = None if isinstance(cell, RngStream) else cell._value
         self.tree = None
         if not isinstance(self.value, jax.Array):
-            # A container may be edited in place, so its leaves are noted and not only itself.
-            self.leaves, self.tree = jax.tree.flatten(self.value)
+            # A container or a NumPy array may be edited in place, so what it holds is noted and not only itself.
+            leaves, self.tree = jax.tree.flatten(self.value)
+            self.leaves = [leaf.copy() if type(leaf) is np.ndarray else leaf for leaf in leaves]
 
     def changed(self) -> bool:
         if isinstance(self.cell, RngStream):
@@ -413,7 +414,13 @@ class _Before:
         if self.tree is None:
             return self.cell._value is not self.value
         leaves, tree = jax.tree.flatten(self.cell._value)
-        return tree != self.tree or any(new is not old for new, old in zip(leaves, self.leaves, strict=True))
+        return tree != self.tree or not all(map(_same_leaf, leaves, self.leaves))
+
+
+def _same_leaf(new: Any, old: Any) -> bool:
+    if new is old or type(old) is not np.ndarray or type(new) is not np.ndarray:
+        return new is old
+    return bool(new.dtype == old.dtype and new.shape == old.shape and new.tobytes() == old.tobytes())
 
 
 def _distinct(items: Sequence[Object]) -> list[Object]:
