@@ -1,4 +1,4 @@
-"""What the property tests of the core share: random module graphs, random programs on them, and how to look at the result."""
+"""What the property tests of the core share: random module graphs, programs on them, and a look at the result."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _attributes = st.one_of(
 )
 
 plans = st.lists(st.tuples(st.sampled_from([0, 1]), st.lists(_attributes, max_size=6)), min_size=1, max_size=5)
-"""Module graphs to be: for each Module its type and its attributes. References are numbers, so cycles and sharing come up."""
+"""Module graphs to be: by Module its type and its attributes. References are numbers: cycles and sharing come up."""
 
 
 def build(plan: list[tuple[int, list[Op]]]) -> nnx.Module:
@@ -146,7 +146,7 @@ def parts(root: nnx.Module) -> tuple[list[Any], list[Any]]:
 def observe(
     root: nnx.Module, originals: tuple[list[Any], list[Any]] | None = None, *, dtypes: bool = True
 ) -> list[Any]:
-    """All that can be seen of a graph, as plain comparable data: types, statics, values, metadata, and who is shared with whom.
+    """All that can be seen of a graph, as plain comparable data: types, statics, values, metadata, and sharing.
 
     Args:
         root: the graph.
@@ -216,7 +216,7 @@ programs = st.lists(_ops, max_size=6)
 
 
 def execute(program: list[Op], root: nnx.Module, x: Any) -> Any:
-    """Run a program on a graph. What it touches depends on the graph's structure alone, so it runs alike in a trace and outside.
+    """Run a program on a graph. What it touches depends on structure alone, so it runs alike in a trace and outside.
 
     Returns:
         A value that depends on all data, an object of the graph, and a new Module.

@@ -166,7 +166,9 @@ def test_wrt_buffers():
 def test_an_integer_parameter_is_an_error_with_its_path():
     model = Scale(1.0)
     model.sub = Linear()
-    message = r"cannot differentiate with respect to `sub/calls` \(Counts\) of the Scale: its dtype is int32\. .*narrow the filter `wrt`"
+    message = (
+        r"cannot differentiate with respect to `sub/calls` \(Counts\) of the Scale: its dtype is int32\. .*narrow the"
+    )
     with pytest.raises(nnx.VariableError, match=message):
         nnx.grad(lambda m: m.w, wrt=...)(model)
     assert model.sub.calls == 0
@@ -475,7 +477,7 @@ def test_a_training_step():
         value, grads = jax.value_and_grad(plain_loss)(params, X)
         params = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
         np.testing.assert_allclose(step(model, X), value, rtol=1e-5)
-    close(model.filter(nnx.Param), {name: value for name, value in params.items()})
+    close(model.filter(nnx.Param), params)
     assert model.calls == 3
     assert step._cache_size() == 1
 

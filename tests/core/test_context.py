@@ -113,7 +113,7 @@ def test_keys_are_typed_scalars():
 
 
 def test_keys_are_the_same_in_another_process():
-    """Names are folded in by a hash that does not depend on the process; a change of the keys would break saved runs."""
+    """Names are folded in by a hash that does not depend on the process; other keys would break saved runs."""
     assert draws(nnx.context(0), "params", 1) == [_reference("params", 0, 0)]
     assert draws(nnx.context(dropout=3), "dropout", 2)[1] == _reference("dropout", 3, 1)
 
@@ -126,7 +126,7 @@ def _reference(name, seed, count):
 
 def test_an_unknown_stream_lists_the_known_ones():
     with pytest.raises(
-        nnx.ContextError, match=r"no random stream `noise` in this Context \(it has: `params`, `dropout`\)"
+        nnx.ContextError, match=r"no random stream `noise` in .* \(it has: `params`, `dropout`\)"
     ) as caught:
         nnx.context(0, dropout=1).make_rng("noise")
     assert "nnx.context(noise=seed)" in str(caught.value)

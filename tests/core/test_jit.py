@@ -628,7 +628,7 @@ def test_fresh_modules_are_returned():
 
 
 def test_fresh_modules_are_fresh_at_each_call():
-    make = traced(lambda x: Leaf(x))
+    make = traced(lambda x: Leaf(value=x))
     a, b = make(1.0), make(2.0)
     assert a is not b
     assert (float(a.w), float(b.w)) == (1.0, 2.0)

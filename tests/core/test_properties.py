@@ -2,21 +2,21 @@
 
 import copy
 import gc
-import os
 import pickle
 import weakref
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-import nnx
 from tests.core.strategies import build, execute, observe, parts, plans, programs
 
+import nnx
+
 _slow = settings(
-    max_examples=int(os.environ.get("MX", "40")),
+    max_examples=30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
@@ -30,7 +30,9 @@ def test_partition_and_merge_are_inverse(plan):
     again, same = merged.partition()
     assert same is moduledef
     assert again.paths == state.paths
-    assert all(new is old for new, old in zip(again.raw_values, state.raw_values, strict=True))
+    # NumPy arrays are copied, as they can be edited in place; nothing else is.
+    leaves = zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True)
+    assert all(new is old or isinstance(old, np.ndarray) for new, old in leaves)
 
 
 @given(plans)

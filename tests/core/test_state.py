@@ -240,8 +240,9 @@ def test_a_filter_may_match_nothing():
 
 
 def test_a_partition_that_leaves_something_over_is_an_error():
-    message = r"3 of 5 nodes are matched by none of the filters \(Param\): `buffer` \(array\), `layers/2/mean` \(BatchStat\), "
-    with pytest.raises(nnx.FilterError, match=message + r"`step` \(Counts\)\. Add `\.\.\.` as the last filter"):
+    message = r"3 of 5 nodes are matched by none of the filters \(Param\): `buffer` \(array\), "
+    message += r"`layers/2/mean` \(BatchStat\), `step` \(Counts\)\. Add `\.\.\.` as the last filter"
+    with pytest.raises(nnx.FilterError, match=message):
         make_state().partition(nnx.Param)
 
 

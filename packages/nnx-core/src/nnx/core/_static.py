@@ -119,6 +119,8 @@ class _Walker:
                 kind,
                 tuple((self.key(k, f"{where} key", False), self.key(v, f"{where}[{k!r}]", in_tree)) for k, v in value.items()),
             )
+        if isinstance(value, slice):  # not hashable before Python 3.12
+            return (kind, self._compound((value.start, value.stop, value.step), tuple, where, in_tree))
         if isinstance(value, (set, frozenset)):
             self.mutable = self.mutable or isinstance(value, set)
             return (kind, frozenset(self.key(item, f"{where} item", False) for item in value))
