@@ -203,3 +203,21 @@ def test_jit_and_grad(layer):
     grads = nnx.jit(nnx.grad(lambda m: m(2.0).sum()))(layer)
     assert grads.paths == (("w",),)
     np.testing.assert_array_equal(grads["w"].value, jnp.full(2, 2.0))
+
+
+def test_an_unhashable_dataclass_works_all_the_same():
+    """The standard decorator compares by content and takes the hash away; nothing of ours may ask for either."""
+
+    @dataclasses.dataclass
+    class Standard(nnx.Module):
+        w: object = nnx.param_field(default_factory=lambda: jnp.ones(2))
+        child: object = None
+
+    model = Standard(child=Standard())
+    assert Standard.__hash__ is None
+    assert nnx.jit(lambda m: m)(model) is model
+    assert nnx.grad(lambda m: (m.w * m.child.w).sum())(model).paths == (("child", "w"), ("w",))
+    for other in (model.clone(), copy.deepcopy(model), model.partition().merge()):
+        assert other.get_module_def() == model.get_module_def()
+    model.for_each(Standard, lambda m: setattr(m, "w", jnp.zeros(2)))
+    assert model.child.w.sum() == 0
