@@ -339,6 +339,14 @@ def test_an_unhashable_static_argument_is_refused():
         nnx.jit(lambda m, n: m.w, static_argnums=1)(Leaf(), [1])
 
 
+@pytest.mark.parametrize("pack", [lambda m: m, lambda m: (1, m)])
+def test_a_static_module_is_refused(pack):
+    with pytest.raises(
+        nnx.AttributeKindError, match="a Leaf cannot be a static argument.*Leave it out of static_argnums"
+    ):
+        nnx.jit(lambda m, x: x, static_argnums=0)(pack(Leaf()), 1.0)
+
+
 # --- what comes out ---
 
 

@@ -21,15 +21,30 @@ from nnx.core._tracing import current_trace
 from nnx.core._update import sync
 from nnx.core._variable import Cell, check_cell_trace, set_value, unshared
 
-__all__ = ["Frame", "Inputs", "Outcome", "Packed", "finish", "is_object", "is_packed", "lifting", "pack", "register", "run"]
+__all__ = [
+    "Frame",
+    "Inputs",
+    "Outcome",
+    "Packed",
+    "finish",
+    "is_object",
+    "is_packed",
+    "lifting",
+    "pack",
+    "register",
+    "run",
+]
 
 
 class Frame:
     """One call: the roots, in the order in which JAX meets them while it flattens the arguments, and their layouts.
 
-    A Frame also stands for the first argument of the call. JAX flattens the arguments more than once when it has to compile;
-    each time it meets the Frame first, which then begins anew, so it always holds the roots of the last time, each once. If
-    the argument is a Module, the Frame flattens in its place, so that the usual call pays for one Python callback, not two.
+    A Frame also stands for the first argument of the call. JAX flattens the arguments more than once when it has to
+    compile;
+    each time it meets the Frame first, which then begins anew, so it always holds the roots of the last time, each
+    once. If
+    the argument is a Module, the Frame flattens in its place, so that the usual call pays for one Python callback, not
+    two.
     """
 
     __slots__ = ("argument", "layouts", "roots")
@@ -99,6 +114,10 @@ def is_packed(value: Any) -> bool:
     return type(value) is Packed or (isinstance(value, Object) and type(value._nnx_layout) is Packed)
 
 
+def _is_packed_or_object(value: Any) -> bool:
+    return type(value) is Packed or isinstance(value, Object)
+
+
 def packed_of(value: Any) -> Packed:
     """The Packed that `is_packed` has seen."""
     return value if type(value) is Packed else value._nnx_layout  # type: ignore[no-any-return]
@@ -127,11 +146,14 @@ def _not_a_pytree(root: Object) -> str:
     name = type(root).__name__
     if isinstance(root, Context):
         return (
-            "a Context is not a pytree, so raw JAX transforms and tree functions cannot take it: pass it through a lifted transform "
-            "(nnx.jit, nnx.grad, ...), or split it: `state, contextdef = ctx.partition()` outside, `contextdef.merge(state)` inside"
+            "a Context is not a pytree, so raw JAX transforms and tree functions cannot take it: pass it through a "
+            "lifted transform "
+            "(nnx.jit, nnx.grad, ...), or split it: `state, contextdef = ctx.partition()` outside, "
+            "`contextdef.merge(state)` inside"
         )
     return (
-        f"a {name} is an nnx.Module and not a pytree, so raw JAX transforms and tree functions cannot take it. Pass it through a lifted "
+        f"a {name} is an nnx.Module and not a pytree, so raw JAX transforms and tree functions cannot take it. Pass "
+        "it through a lifted "
         f"transform (nnx.jit, nnx.grad, ...), or partition it: `state, moduledef = module.partition()` outside, "
         "`module = moduledef.merge(state)` inside"
     )
@@ -194,9 +216,11 @@ def is_object(value: Any) -> bool:
 
 
 class Outcome(NamedTuple):
-    """What a trace learned, as static data: it travels in the output's treedef, since JAX keeps several traces of one function.
+    """What a trace learned, as static data: it travels in the output's treedef, since JAX keeps several traces of one
+    function.
 
-    Where the structure stands, `writes` and `draws` say all. Where it changed, `post` describes the whole graph afterwards.
+    Where the structure stands, `writes` and `draws` say all. Where it changed, `post` describes the whole graph
+    afterwards.
 
     Attributes:
         writes: for each root with changed cells its number and the positions of these cells in its layout.
@@ -219,7 +243,8 @@ class Outcome(NamedTuple):
     written: tuple[bool, ...] = ()
 
 
-# As a pytree an Outcome has no leaves. What comes out of the unflattening must flatten to the same again, or JAX leaves its
+# As a pytree an Outcome has no leaves. What comes out of the unflattening must flatten to the same again, or JAX
+# leaves its
 # fast path.
 jax.tree_util.register_pytree_node(Outcome, lambda outcome: ((), outcome), lambda outcome, _: outcome)
 
@@ -264,13 +289,19 @@ class Inputs:
     def unpack(self, tree: Any, *, donated: bool = False) -> Any:
         """Put Modules in the place of the Packed in a pytree."""
         first = len(self.roots)
-        tree = jax.tree.map(self._unpack_leaf, tree, is_leaf=is_packed)
+        tree = jax.tree.map(self._unpack_leaf, tree, is_leaf=_is_packed_or_object)
         if donated:
             self.donated.update(range(first, len(self.roots)))
         return tree
 
     def _unpack_leaf(self, leaf: Any) -> Any:
         if not is_packed(leaf):
+            if isinstance(leaf, Object):
+                raise AttributeKindError(
+                    f"a {type(leaf).__name__} cannot be a static argument: its arrays would be constants of the "
+                    "compiled code, and its "
+                    "changes would go unseen. Leave it out of static_argnums and static_argnames"
+                )
             return leaf
         packed = packed_of(leaf)
         return self.add(packed.moduledef, packed.values)
@@ -319,7 +350,8 @@ class Inputs:
             numbers = {id(item): i for i, item in enumerate(post.objects)}
             roots = {id(item): k for k, item in reversed(list(enumerate(self.roots)))}
             holes = [
-                _HoleNode(Hole(roots.get(id(leaf), -1), numbers[id(leaf)])) if isinstance(leaf, Object) else leaf for leaf in leaves
+                _HoleNode(Hole(roots.get(id(leaf), -1), numbers[id(leaf)])) if isinstance(leaf, Object) else leaf
+                for leaf in leaves
             ]
             out, outcome = jax.tree.unflatten(tree, holes), outcome._replace(holes=True)
         return out, values, outcome
@@ -384,7 +416,8 @@ class Inputs:
                 definition = (graph or self.pre).moduledef  # type: ignore[union-attr]
                 path = path_text(definition.schema.paths[position]) if position < len(definition.schema) else "?"
                 raise VariableError(
-                    f"`{path}` was given a {type(leaf).__name__} inside of a transform: what comes out of a compiled function must be "
+                    f"`{path}` was given a {type(leaf).__name__} inside of a transform: what comes out of a compiled "
+                    "function must be "
                     "arrays or numbers. Keep other values in plain attributes"
                 )
         return value
@@ -514,7 +547,9 @@ def _finish_structure(frame: Frame, out: Any, values: Sequence[Any], outcome: Ou
         cells[position].advance(keys)  # type: ignore[attr-defined]
     if not outcome.holes:
         return out
-    return jax.tree.map(lambda leaf: objects[leaf.hole.number] if type(leaf) is _HoleNode else leaf, out, is_leaf=_is_hole)
+    return jax.tree.map(
+        lambda leaf: objects[leaf.hole.number] if type(leaf) is _HoleNode else leaf, out, is_leaf=_is_hole
+    )
 
 
 def _is_hole(value: Any) -> bool:
