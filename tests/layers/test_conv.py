@@ -10,8 +10,6 @@ import pytest
 
 import nnx
 
-BIAS = nnx.initializers.normal(1.0)
-
 
 def reference(x, kernel, bias, *, strides, pads, dilation, groups=1, mode="constant"):
     """Cross-correlation of [batch, *space, features] in float64, one kernel element at a time."""
@@ -64,7 +62,7 @@ def spread(value, rank):
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", "REFLECT", 1, "pairs"])
 @pytest.mark.parametrize(("space", "size", "strides", "dilation"), GRID)
-def test_ranks_paddings_strides_dilations(space, size, strides, dilation, padding, rng):
+def test_ranks_paddings_strides_dilations(space, size, strides, dilation, padding, rng, both):
     rank = len(space)
     every, dilate = spread(strides, rank), spread(dilation, rank)
     extents = [(k - 1) * d for k, d in zip(size, dilate, strict=True)]
@@ -77,15 +75,15 @@ def test_ranks_paddings_strides_dilations(space, size, strides, dilation, paddin
         "REFLECT": [(e // 2, e - e // 2) for e in extents],
         1: [(1, 1)] * rank,
     }.get(padding if isinstance(padding, str | int) else None, padding)
-    layer = nnx.Conv(2, 3, size, strides, padding=padding, kernel_dilation=dilation, bias_init=BIAS, ctx=nnx.context(0))
+    layer = nnx.Conv(2, 3, size, strides, padding=padding, kernel_dilation=dilation, ctx=nnx.context(0), **both)
     mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}.get(padding if isinstance(padding, str) else None, "constant")
     x = rng.normal(size=(2, *space, 2)).astype(np.float32)
     check(layer, x, strides=every, pads=pads, dilation=dilate, mode=mode)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_causal(dilation, rng):
-    layer = nnx.Conv(2, 3, 3, padding="CAUSAL", kernel_dilation=dilation, bias_init=BIAS, ctx=nnx.context(0))
+def test_causal(dilation, rng, both):
+    layer = nnx.Conv(2, 3, 3, padding="CAUSAL", kernel_dilation=dilation, ctx=nnx.context(0), **both)
     x = rng.normal(size=(2, 10, 2)).astype(np.float32)
     check(layer, x, strides=(1,), pads=[(2 * dilation, 0)], dilation=(dilation,))
     later = x.copy()
@@ -94,32 +92,32 @@ def test_causal(dilation, rng):
 
 
 @pytest.mark.parametrize(("n_in", "n_out", "groups"), [(4, 6, 2), (4, 4, 4), (4, 8, 4)])
-def test_groups(n_in, n_out, groups, rng):
-    layer = nnx.Conv(n_in, n_out, (3, 3), feature_group_count=groups, bias_init=BIAS, ctx=nnx.context(0))
+def test_groups(n_in, n_out, groups, rng, both):
+    layer = nnx.Conv(n_in, n_out, (3, 3), feature_group_count=groups, ctx=nnx.context(0), **both)
     assert layer.kernel.shape == (3, 3, n_in // groups, n_out)
     x = rng.normal(size=(2, 5, 6, n_in)).astype(np.float32)
     check(layer, x, strides=(1, 1), pads=[(1, 1), (1, 1)], dilation=(1, 1), groups=groups)
 
 
 @pytest.mark.parametrize(("padding", "strides"), [("VALID", 1), ("SAME", 1), ("SAME", 2), ([(2, 1)], 1)])
-def test_input_dilation_puts_zeros_between_inputs(padding, strides, rng):
-    layer = nnx.Conv(2, 3, 4, strides, padding=padding, input_dilation=2, ctx=nnx.context(0))
+def test_input_dilation_puts_zeros_between_inputs(padding, strides, rng, both):
+    layer = nnx.Conv(2, 3, 4, strides, padding=padding, input_dilation=2, ctx=nnx.context(0), **both)
     x = rng.normal(size=(1, 5, 2)).astype(np.float32)
     spaced = np.zeros((1, 9, 2), np.float32)
     spaced[:, ::2] = x
-    plain = nnx.Conv(2, 3, 4, strides, padding=padding, ctx=nnx.context(0))
+    plain = nnx.Conv(2, 3, 4, strides, padding=padding, ctx=nnx.context(0), **both)
     np.testing.assert_allclose(layer(jnp.asarray(x)), plain(jnp.asarray(spaced)), rtol=1e-5, atol=1e-5)
 
 
-def test_same_lower_puts_the_odd_element_before(rng):
-    layer = nnx.Conv(2, 3, 4, padding="SAME_LOWER", ctx=nnx.context(0))
+def test_same_lower_puts_the_odd_element_before(rng, both):
+    layer = nnx.Conv(2, 3, 4, padding="SAME_LOWER", ctx=nnx.context(0), **both)
     check(layer, rng.normal(size=(1, 9, 2)).astype(np.float32), strides=(1,), pads=[(2, 1)], dilation=(1,))
 
 
 @pytest.mark.parametrize("padding", ["SAME", "CIRCULAR", "CAUSAL", [(1, 0)]])
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,), (2, 0)])
-def test_any_number_of_batch_axes(batch, padding, rng):
-    layer = nnx.Conv(2, 3, 3, padding=padding, ctx=nnx.context(0))
+def test_any_number_of_batch_axes(batch, padding, rng, both):
+    layer = nnx.Conv(2, 3, 3, padding=padding, ctx=nnx.context(0), **both)
     x = jnp.asarray(rng.normal(size=(*batch, 8, 2)).astype(np.float32))
     y = layer(x)
     assert y.shape[:-2] == batch
@@ -128,11 +126,11 @@ def test_any_number_of_batch_axes(batch, padding, rng):
             np.testing.assert_allclose(y[index], layer(x[index]), rtol=1e-5, atol=1e-6)
 
 
-def test_mask_multiplies_the_kernel_and_its_gradient(rng):
+def test_mask_multiplies_the_kernel_and_its_gradient(rng, both):
     mask = np.tril(np.ones((3, 2, 3)))
-    layer = nnx.Conv(2, 3, 3, mask=mask, ctx=nnx.context(0))
+    layer = nnx.Conv(2, 3, 3, mask=mask, ctx=nnx.context(0), **both)
     x = jnp.asarray(rng.normal(size=(2, 8, 2)).astype(np.float32))
-    plain = nnx.Conv(2, 3, 3, ctx=nnx.context(0))
+    plain = nnx.Conv(2, 3, 3, ctx=nnx.context(0), **both)
     plain.kernel = plain.kernel * jnp.asarray(mask, jnp.float32)
     np.testing.assert_allclose(layer(x), plain(x), rtol=1e-6)
     gradients = nnx.grad(lambda layer: (layer(x) ** 2).sum(), wrt=nnx.Param)(layer)
@@ -140,8 +138,8 @@ def test_mask_multiplies_the_kernel_and_its_gradient(rng):
     assert np.all(np.asarray(gradients["kernel"].value)[mask == 1] != 0)
 
 
-def test_without_bias():
-    layer = nnx.Conv(2, 3, 3, use_bias=False, ctx=nnx.context(0))
+def test_without_bias(both):
+    layer = nnx.Conv(2, 3, 3, use_bias=False, ctx=nnx.context(0), **both)
     assert layer.bias is None
     np.testing.assert_array_equal(layer(jnp.zeros((1, 5, 2))), 0)
 
@@ -151,7 +149,7 @@ def test_fan_in_counts_the_receptive_field():
     assert float(jnp.var(layer.kernel)) == pytest.approx(1 / (9 * 50), rel=0.05)
 
 
-def test_options_are_static_and_a_second_model_compiles_nothing():
+def test_options_are_static_and_a_second_model_compiles_nothing(both):
     traces = []
 
     @nnx.jit
@@ -160,20 +158,20 @@ def test_options_are_static_and_a_second_model_compiles_nothing():
         return layer(x)
 
     for strides, padding in [([1, 2], [1, (0, 1)]), ((1, 2), ((1, 1), (0, 1)))]:
-        run(nnx.Conv(1, 2, [3, 3], strides, padding=padding, ctx=nnx.context(0)), jnp.ones((1, 8, 8, 1)))
+        run(nnx.Conv(1, 2, [3, 3], strides, padding=padding, ctx=nnx.context(0), **both), jnp.ones((1, 8, 8, 1)))
     assert len(traces) == 1
 
 
-def test_gradients_are_finite():
+def test_gradients_are_finite(both):
     def loss(x):
-        return (nnx.Conv(2, 3, (3, 3), padding="REFLECT", ctx=nnx.context(0))(x) ** 2).sum()
+        return (nnx.Conv(2, 3, (3, 3), padding="REFLECT", ctx=nnx.context(0), **both)(x) ** 2).sum()
 
     assert bool(jnp.isfinite(jax.grad(loss)(jnp.ones((1, 6, 6, 2)))).all())
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 2), (8, 3), (2, 8, 8, 4), (3,)])
-def test_wrong_inputs(shape):
-    layer = nnx.Conv(3, 4, (3, 3), ctx=nnx.context(0))
+def test_wrong_inputs(shape, both):
+    layer = nnx.Conv(3, 4, (3, 3), ctx=nnx.context(0), **both)
     wanted = (
         r"Conv: expected `inputs` of shape \[\.\.\., space, space, 3\] \(kernel_size=\(3, 3\), in_features=3\), got \("
     )

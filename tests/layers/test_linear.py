@@ -7,12 +7,10 @@ import pytest
 
 import nnx
 
-CTX = {"bias_init": nnx.initializers.normal(1.0)}
-
 
 @pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 4, 5, 3), (0, 3)])
-def test_linear(shape, rng):
-    layer = nnx.Linear(3, 4, ctx=nnx.context(0), **CTX)
+def test_linear(shape, rng, both):
+    layer = nnx.Linear(3, 4, ctx=nnx.context(0), **both)
     x = rng.normal(size=shape).astype(np.float32)
     expected = x @ np.asarray(layer.kernel) + np.asarray(layer.bias)
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
@@ -82,8 +80,8 @@ def test_precision_reaches_the_product():
         ((3, 2), (4,), (0, 1), (3, 2), "ij,ijo->o"),
     ],
 )
-def test_linear_general(n_in, n_out, axis, shape, equation, rng):
-    layer = nnx.LinearGeneral(n_in, n_out, axis=axis, ctx=nnx.context(0), **CTX)
+def test_linear_general(n_in, n_out, axis, shape, equation, rng, both):
+    layer = nnx.LinearGeneral(n_in, n_out, axis=axis, ctx=nnx.context(0), **both)
     x = rng.normal(size=shape).astype(np.float32)
     expected = np.einsum(equation, x, np.asarray(layer.kernel)) + np.asarray(layer.bias)
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
@@ -115,8 +113,8 @@ def test_linear_general_errors():
         nnx.LinearGeneral((3, 3), 4, axis=(-1, 1), ctx=nnx.context(0))(jnp.ones((3, 3)))
 
 
-def test_mlp(rng):
-    model = nnx.MLP(3, (5, 4), 2, activation=jnp.tanh, ctx=nnx.context(0), **CTX)
+def test_mlp(rng, both):
+    model = nnx.MLP(3, (5, 4), 2, activation=jnp.tanh, ctx=nnx.context(0), **both)
     x = rng.normal(size=(7, 3)).astype(np.float32)
     expected = x
     for i, layer in enumerate(model.layers):

@@ -8,7 +8,6 @@ import pytest
 import nnx
 
 TRAIN = {"use_running_average": False}
-AFFINE = {"scale_init": nnx.initializers.uniform(2.0), "bias_init": nnx.initializers.normal(1.0)}
 
 
 def standardize(x, axes, epsilon, where=None):
@@ -21,9 +20,9 @@ def standardize(x, axes, epsilon, where=None):
 
 @pytest.mark.parametrize("axis", [-1, 1, 0])
 @pytest.mark.parametrize("fast", [True, False])
-def test_batch_norm_output(axis, fast, rng):
+def test_batch_norm_output(axis, fast, rng, init):
     x = rng.normal(2, 3, size=(6, 6, 6)).astype(np.float32)
-    layer = nnx.BatchNorm(6, axis=axis, use_fast_variance=fast, ctx=nnx.context(0), **AFFINE)
+    layer = nnx.BatchNorm(6, axis=axis, use_fast_variance=fast, ctx=nnx.context(0), scale_init=init, bias_init=init)
     shape = [1, 1, 1]
     shape[axis] = 6
     normal, _, _ = standardize(x, tuple(i for i in range(3) if i != axis % 3), 1e-5)
@@ -185,16 +184,15 @@ NORMS = {
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("value", [0.0, 3.0, 60000.0])
 @pytest.mark.parametrize("name", NORMS)
-def test_no_nan_at_zero_variance(name, value, dtype):
-    x = jnp.full((8, 4), value, dtype)
-
+def test_no_nan_at_zero_variance(name, dtype):
     def run(x):
         return NORMS[name](dtype=dtype, ctx=nnx.context(0))(x)
 
-    assert bool(jnp.isfinite(run(x)).all())
-    assert bool(jnp.isfinite(jax.grad(lambda x: run(x).sum().astype(jnp.float32))(x)).all())
+    both = jax.jit(lambda x: (run(x), jax.grad(lambda x: run(x).sum().astype(jnp.float32))(x)))
+    for value in (0.0, 3.0, 60000.0):
+        for result in both(jnp.full((8, 4), value, dtype)):
+            assert np.isfinite(np.asarray(result).astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -214,30 +212,32 @@ def test_slow_variance_keeps_its_digits(rng):
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4)])
-def test_layer_norm(shape, fast, rng):
+def test_layer_norm(shape, fast, rng, init):
     x = rng.normal(1, 2, size=shape).astype(np.float32)
-    layer = nnx.LayerNorm(4, use_fast_variance=fast, ctx=nnx.context(0), **AFFINE)
+    layer = nnx.LayerNorm(4, use_fast_variance=fast, ctx=nnx.context(0), scale_init=init, bias_init=init)
     normal, _, _ = standardize(x, (-1,), 1e-6)
     expected = normal * np.asarray(layer.scale) + np.asarray(layer.bias)
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_layer_norm_over_several_axes(rng):
+def test_layer_norm_over_several_axes(rng, init):
     x = rng.normal(1, 2, size=(2, 3, 4)).astype(np.float32)
     normal, _, _ = standardize(x, (1, 2), 1e-6)
-    layer = nnx.LayerNorm((3, 4), reduction_axes=(-2, -1), feature_axes=(-2, -1), ctx=nnx.context(0), **AFFINE)
+    layer = nnx.LayerNorm(
+        (3, 4), reduction_axes=(-2, -1), feature_axes=(-2, -1), ctx=nnx.context(0), scale_init=init, bias_init=init
+    )
     assert layer.scale.shape == (3, 4)
     expected = normal * np.asarray(layer.scale) + np.asarray(layer.bias)
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
     # Scale and bias along another axis than the reduced ones.
-    layer = nnx.LayerNorm(3, reduction_axes=(1, 2), feature_axes=1, ctx=nnx.context(0), **AFFINE)
+    layer = nnx.LayerNorm(3, reduction_axes=(1, 2), feature_axes=1, ctx=nnx.context(0), scale_init=init, bias_init=init)
     expected = normal * np.asarray(layer.scale)[:, None] + np.asarray(layer.bias)[:, None]
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rms_norm(rng):
+def test_rms_norm(rng, init):
     x = rng.normal(1, 2, size=(2, 3, 4)).astype(np.float32)
-    layer = nnx.RMSNorm(4, scale_init=AFFINE["scale_init"], ctx=nnx.context(0))
+    layer = nnx.RMSNorm(4, scale_init=init, ctx=nnx.context(0))
     expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * np.asarray(layer.scale)
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
     assert layer.bias is None
@@ -248,9 +248,9 @@ def test_rms_norm(rng):
 @pytest.mark.parametrize(
     "options", [{"num_groups": 3}, {"num_groups": None, "group_size": 2}, {"num_groups": 1}, {"num_groups": 6}]
 )
-def test_group_norm(shape, options, rng):
+def test_group_norm(shape, options, rng, init):
     x = rng.normal(1, 2, size=shape).astype(np.float32)
-    layer = nnx.GroupNorm(6, ctx=nnx.context(0), **options, **AFFINE)
+    layer = nnx.GroupNorm(6, ctx=nnx.context(0), **options, scale_init=init, bias_init=init)
     grouped = x.reshape(shape[0], -1, layer.num_groups, layer.group_size)
     normal = standardize(grouped, (1, 3), 1e-6)[0].reshape(shape)
     expected = normal * np.asarray(layer.scale) + np.asarray(layer.bias)

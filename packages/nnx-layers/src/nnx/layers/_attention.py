@@ -58,8 +58,9 @@ def dot_product_attention(
 
     `out = dropout(softmax(scale * query @ key.T + bias, where=mask)) @ value` for each head, the softmax in float32.
 
-    Without dropout, `precision` and `module` it is `jax.nn.dot_product_attention`, which may run as one fused kernel. A
-    query whose keys are all masked gets the plain mean of the values, not NaN.
+    Without dropout, `precision` and `module` it is `jax.nn.dot_product_attention`, which may run as one fused kernel
+    (except in float16, where that is only so for "cudnn"). A query whose keys are all masked gets the plain mean of the
+    values, not NaN.
 
     Args:
         query: [*batch, query_length, num_heads, head_dim].
@@ -101,13 +102,14 @@ def dot_product_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     dropping = dropout_rate > 0 and not deterministic
     needs_weights = dropping or module is not None or precision is not None or query.shape[-1] != value.shape[-1]
-    if not needs_weights:
-        return _fused(query, key, value, bias, mask, is_causal, scale, implementation)
-    if implementation == "cudnn":
+    if needs_weights and implementation == "cudnn":
         raise ValueError(
             "dot_product_attention: implementation='cudnn' has neither dropout, nor `precision`, nor the weights for"
             " `module`, nor values of another size than the queries; use implementation=None"
         )
+    # JAX asks XLA for a float16 product that CPUs and TPUs lack, and under jit that fails to compile.
+    if not needs_weights and (query.dtype != jnp.float16 or implementation == "cudnn"):
+        return _fused(query, key, value, bias, mask, is_causal, scale, implementation)
     weights = _weights(query, key, bias, mask, is_causal, scale, precision)
     if module is not None:
         module.sow(Intermediate, "attention_weights", weights)
@@ -166,20 +168,26 @@ def _fused(
     """`jax.nn.dot_product_attention`, which knows exactly one batch axis, for any number of them."""
     batch = query.shape[:-3]
 
-    def one_batch_axis(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
+    def one_batch_axis(x: jax.Array) -> jax.Array:
         # A bias or mask that is the same for the whole batch stays that small.
         own = (1,) * len(batch) if all(size == 1 for size in x.shape[:-3]) else batch
         return jnp.broadcast_to(x, own + x.shape[-3:]).reshape(math.prod(own), *x.shape[-3:])
 
-    query4, key4, value4, bias4, mask4 = map(one_batch_axis, (query, key, value, bias, mask))
-    if bias4 is not None:
-        bias4 = bias4.astype(statistics_dtype(query.dtype))
+    if bias is not None:
+        bias = one_batch_axis(bias).astype(statistics_dtype(query.dtype))
+    if mask is not None:
+        mask = one_batch_axis(mask)
     # JAX's function mixes half precision with float32 inside, which strict promotion forbids. Ours are of one type.
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
-            query4, key4, value4, bias4, mask4, scale=scale, is_causal=is_causal, implementation=implementation
+            one_batch_axis(query),
+            one_batch_axis(key),
+            one_batch_axis(value),
+            bias,
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            implementation=implementation,
         )
     return out.reshape(query.shape)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ class _Norm(Module):
         (var,) = mean_of(lax.square(deviation))
         return mean, var, count
 
-    def _across(self, reduce: object, values: object) -> object:
+    def _across(self, reduce: Callable[..., Any], values: Any) -> Any:
         """`reduce` (pmean or psum) over the mapped axis, if there is one."""
         if self.axis_name is None:
             return values
@@ -234,12 +235,14 @@ class BatchNorm(_Norm):
                 f"{kind}: expected `x` with {self.num_features} features at axis {self.axis}"
                 f" (num_features={self.num_features}), got {tuple(x.shape)}"
             )
+        mean: jax.Array | None
         if running:
             shape = tuple(size if i == axis else 1 for i, size in enumerate(x.shape))
             mean, var = self.mean.reshape(shape), self.var.reshape(shape)
         else:
             axes = tuple(i for i in range(x.ndim) if i != axis)
             mean, var, count = self._statistics(x, axes, mask)
+            assert mean is not None
             self.mean = self._updated(self.mean, mean, count)
             self.var = self._updated(self.var, var, count)
         return self._affine(self._standardize(x, mean, var), x, (axis,))
