@@ -58,37 +58,45 @@ class Timing(NamedTuple):
 def alternate(
     sides: Mapping[str, Side], *, rounds: int, round_seconds: float, slowest: float = 4.0, warm_up: int = 3
 ) -> dict[str, Timing]:
-    """Measure sides in turn.
+    """Measure each side in turn with the reference.
 
-    Every side makes as many calls in a round as the reference does, unless it is so slow that this would take `slowest`
-    times as long: then as many as fit. Results are waited for once, at the end of a side's turn, so that calls overlap
-    with the work that they started, as they do in a training loop. The order is reversed from round to round, so no
-    side always finds in the processor's caches what the same other one left there.
+    Each is paired with the reference alone, so that what the others leave in the processor's caches is nobody's matter,
+    and the order within the pair is reversed from round to round. Both make the same number of calls, unless a side is
+    so slow that its turn would take `slowest` times as long as the reference's: then as many as fit. Results are waited
+    for once, at the end of a turn: calls overlap with the work that they started, as they do in a training loop.
 
     Args:
         sides: the sides by name; the first is the reference.
-        rounds: the number of rounds.
+        rounds: the number of rounds for each pair.
         round_seconds: how long the reference takes in one round.
-        slowest: how much longer any other side may take in one round.
+        slowest: how much longer any other side may take.
         warm_up: calls of each side before anything is measured.
     """
-    calls: dict[str, int] = {}
-    for name, side in sides.items():
-        for _ in range(warm_up):
-            jax.block_until_ready(side())
-        once = min(_turn(side, 1) for _ in range(3))
-        if not calls:
-            budget, wanted = round_seconds * slowest, max(1, round(round_seconds / once))
-        calls[name] = max(1, min(wanted, round(budget / once)))
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    order = list(sides)
-    with no_collection():
-        for _ in range(rounds):
-            for name in order:
-                seconds[name].append(_turn(sides[name], calls[name]))
-            order.reverse()
-    reference = np.array(seconds[next(iter(sides))])
-    return {name: Timing(Spread.of(taken), Spread.of(np.array(taken) / reference)) for name, taken in seconds.items()}
+    (name, reference), *others = sides.items()
+    once = _warm(reference, warm_up)
+    calls = max(1, round(round_seconds / once))
+    all_reference: list[float] = []
+    timings: dict[str, Timing] = {}
+    for other_name, other in others:
+        other_calls = max(1, min(calls, round(slowest * calls * once / _warm(other, warm_up))))
+        first: list[float] = []
+        second: list[float] = []
+        turns = [(reference, calls, first), (other, other_calls, second)]
+        with no_collection():
+            for _ in range(rounds):
+                for side, count, seconds in turns:
+                    seconds.append(_turn(side, count))
+                turns.reverse()
+        all_reference += first
+        timings[other_name] = Timing(Spread.of(second), Spread.of(np.array(second) / np.array(first)))
+    return {name: Timing(Spread.of(all_reference), Spread.of([1.0])), **timings}
+
+
+def _warm(side: Side, calls: int) -> float:
+    """Call a side until it is compiled, and give the seconds of a call."""
+    for _ in range(calls):
+        jax.block_until_ready(side())
+    return min(_turn(side, 1) for _ in range(calls))
 
 
 def _turn(side: Side, calls: int) -> float:
