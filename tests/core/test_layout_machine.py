@@ -1,4 +1,4 @@
-"""The cached layout against a fresh walk: whatever edits come, and however they come, the cache must never be behind."""
+"""The cached layout against a fresh walk: however an edit comes, the cache must never be behind."""
 
 import copy
 import gc

@@ -18,8 +18,8 @@ from nnx.core._graph import ModuleDef
 from nnx.core._layout import layout_of, state_of
 from nnx.core._object import Object, check_object_trace, set_origin
 from nnx.core._state import State, check_part
-from nnx.core._variable import Cell, Metadata, check_cell_trace, set_metadata, set_owned, set_trace
 from nnx.core._tracing import current_trace
+from nnx.core._variable import Cell, Metadata, check_cell_trace, set_metadata, set_owned, set_trace
 
 __all__ = ["Context", "ContextDef", "RngStream", "context"]
 
@@ -48,7 +48,8 @@ def _as_key(seed: Any, name: str) -> Any:
     elif isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
         return jax.random.key(int(seed))
     raise ContextError(
-        f"the seed of the stream `{name}` is an integer, a key (jax.random.key) or a raw uint32 key, got {type(seed).__name__}: {seed!r}"
+        f"the seed of the stream `{name}` is an integer, a key (jax.random.key) or a raw uint32 key, got "
+        f"{type(seed).__name__}: {seed!r}"
     )
 
 
@@ -67,7 +68,8 @@ class RngStream(Cell):
 
     collection = "rngs"
 
-    # `count` is a host integer outside of traces. Inside, it is a tracer and `drawn` counts on the host what the trace drew:
+    # `count` is a host integer outside of traces. Inside, it is a tracer and `drawn` counts on the host what the trace
+    # drew:
     # that number is known when the trace ends, and is all that has to come out of it.
     _key: Any
     _count: Any
@@ -87,7 +89,11 @@ class RngStream(Cell):
     def _value(self, value: Any) -> None:
         key, count = value
         self._key = key
-        self._count = int(count) if isinstance(count, (int, np.integer)) or (isinstance(count, np.ndarray) and count.ndim == 0) else count
+        self._count = (
+            int(count)
+            if isinstance(count, (int, np.integer)) or (isinstance(count, np.ndarray) and count.ndim == 0)
+            else count
+        )
         self._drawn = 0
 
     def _total(self) -> Any:
@@ -165,7 +171,8 @@ jax.tree_util.register_pytree_node(ContextDef, lambda definition: ((), definitio
 class Context(Object):
     """Named random streams and flags.
 
-    In a constructor a Context makes the parameters; in a call it carries random streams and flags. It changes in place: every
+    In a constructor a Context makes the parameters; in a call it carries random streams and flags. It changes in
+    place: every
     `make_rng` advances a stream. Hand it to functions as an argument; every lifted transform accepts it.
 
     Args:
@@ -293,9 +300,7 @@ def _unpickle_context(cells: dict[str, Any], flags: Any) -> Context:
     return Context(cells, flags=dict(flags))
 
 
-def context(
-    params: Any = None, /, *, flags: Mapping[str, Any] | None = None, **rngs: Any
-) -> Context:
+def context(params: Any = None, /, *, flags: Mapping[str, Any] | None = None, **rngs: Any) -> Context:
     """Make a Context.
 
     Args:
@@ -316,9 +321,10 @@ def context(
         streams = {"params": params, **streams}
     for name, seed in streams.items():
         if isinstance(seed, Mapping):
-            raise ContextError(f"the seed of the stream `{name}` is a {type(seed).__name__}; flags are given as flags=dict(...)")
+            raise ContextError(
+                f"the seed of the stream `{name}` is a {type(seed).__name__}; flags are given as flags=dict(...)"
+            )
     made = Context(streams, flags=flags)
     frame = sys._getframe(1)
     set_origin(made, (frame.f_code, frame.f_lineno))
     return made
-

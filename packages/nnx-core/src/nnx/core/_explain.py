@@ -8,7 +8,7 @@ import logging
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -26,21 +26,22 @@ logger = logging.getLogger("nnx")
 
 
 class RetraceWarning(UserWarning):
-    """A function is traced again for a static value that can only be compared by identity, as will happen at each new one."""
+    """A function is traced again for a static that can only be compared by identity, as each new one will be."""
 
 
 class CaptureWarning(UserWarning):
     """A function that is compiled closes over a Module, whose arrays become constants of the compiled code."""
 
 
-_explaining = 0
+_explaining: set[int] = set()
+"""The `explain_retraces` that are on."""
 
 
 class explain_retraces(contextlib.ContextDecorator):  # noqa: N801 - read as a function
     """Log why functions are traced again, from now on, or within a `with` block.
 
-    Each time that an `nnx.jit` function is traced for other arguments than before, the logger `nnx` says what differs, by path:
-    ``train_step retraced: static `encoder.dropout.rate` 0.5 -> 0.1``.
+    Each time that an `nnx.jit` function is traced for other arguments than before, the logger `nnx` says what
+    differs, by path: ``train_step retraced: static `encoder.dropout.rate` 0.5 -> 0.1``.
 
     Example:
         >>> import logging, nnx
@@ -49,11 +50,9 @@ class explain_retraces(contextlib.ContextDecorator):  # noqa: N801 - read as a f
     """
 
     def __init__(self) -> None:
-        global _explaining
-        _explaining += 1
-        self._on = True
+        _explaining.add(id(self))
 
-    def __enter__(self) -> explain_retraces:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -61,14 +60,11 @@ class explain_retraces(contextlib.ContextDecorator):  # noqa: N801 - read as a f
 
     def stop(self) -> None:
         """Stop logging."""
-        global _explaining
-        if self._on:
-            _explaining -= 1
-            self._on = False
+        _explaining.discard(id(self))
 
 
 class Signature(NamedTuple):
-    """What one trace was made for: the definitions of its Modules, the abstract values of its arrays, its static arguments."""
+    """What one trace was made for: definitions of Modules, abstract values of arrays, static arguments."""
 
     modules: dict[str, ModuleDef[Any]]
     arrays: dict[str, str]
@@ -104,7 +100,8 @@ class TraceLog:
                 self._warn_of_identity(nearest)
             if max_traces is not None and len(self.signatures) >= max_traces:
                 raise RetraceError(
-                    f"{self.name} would be traced {len(self.signatures) + 1} times, and max_traces={max_traces}: {'; '.join(lines)}"
+                    f"{self.name} would be traced {len(self.signatures) + 1} times, and max_traces={max_traces}: "
+                    f"{'; '.join(lines)}"
                 )
         self.signatures.append(signature)
 
@@ -118,13 +115,11 @@ class TraceLog:
             )
 
     def _label(self, number: int) -> str:
-        position = 0
-        for parameter in self.parameters:
+        for position, parameter in enumerate(self.parameters):
             if parameter.kind is parameter.VAR_POSITIONAL:
                 return f"{parameter.name}[{number - position}]"
             if position == number:
                 return parameter.name
-            position += 1
         return f"argument {number}"
 
     def _signature(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature:
@@ -246,9 +241,9 @@ def warn_of_captures(function: Any, what: str) -> None:
         )
         if size:
             warnings.warn(
-                f"{what}: `{getattr(function, '__qualname__', function)}` uses the {type(module).__name__} `{name}` from outside: its "
-                f"{size:,} bytes become constants of the compiled code, later changes to it go unseen, and writing to it is an error. "
-                "Pass it as an argument",
+                f"{what}: `{getattr(function, '__qualname__', function)}` uses the {type(module).__name__} `{name}` "
+                f"from outside: its {size:,} bytes become constants of the compiled code, later changes to it go "
+                "unseen, and writing to it is an error. Pass it as an argument",
                 CaptureWarning,
                 stacklevel=3,
             )

@@ -14,7 +14,19 @@ import numpy as np
 from nnx.core._errors import FilterError
 from nnx.core._variable import Buffer, Cell
 
-__all__ = ["All", "Any_", "Everything", "Filter", "FilterLike", "Not", "Nothing", "Path", "PathGlob", "buffers", "to_filter"]
+__all__ = [
+    "All",
+    "Any_",
+    "Everything",
+    "Filter",
+    "FilterLike",
+    "Not",
+    "Nothing",
+    "Path",
+    "PathGlob",
+    "buffers",
+    "to_filter",
+]
 
 Path = tuple[str, ...]
 FilterLike = Any  # type | ... | None | str | Callable[[Path, Any], bool] | tuple[FilterLike, ...] | Filter
@@ -157,7 +169,7 @@ class All(_Combined):
         return all(item.match(path, kind, node) for item in self.filters)
 
 
-class Any_(_Combined):
+class Any_(_Combined):  # noqa: N801 - `nnx.Any` to users; here typing has the name
     """Selects the nodes that at least one of the given filters selects; a tuple of filters means the same."""
 
     __slots__ = ()
@@ -185,7 +197,8 @@ class PathGlob(Filter):
     """Selects nodes by a pattern over their path.
 
     Args:
-        pattern: parts joined by `/`. `*` stands for any text within a part, `?` for one character, `**` for any number of parts.
+        pattern: parts joined by `/`. `*` stands for any text within a part, `?` for one character, `**` for any number
+            of parts.
 
     Example:
         >>> import nnx
@@ -228,7 +241,9 @@ class _Buffers(Filter):
         super().__init__((), True)
 
     def match(self, path: Path, kind: type[Cell], node: Callable[[], Any]) -> bool:
-        return kind is Buffer and isinstance(node(), (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, int, float, complex))
+        return kind is Buffer and isinstance(
+            node(), (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, int, float, complex)
+        )
 
     def __repr__(self) -> str:
         return "buffers"
@@ -254,7 +269,9 @@ def to_filter(like: FilterLike) -> Filter:
         return OfType(like)
     if isinstance(like, str):
         if "/" in like or "*" in like:
-            raise FilterError(f"the string {like!r} names a collection as a filter; to select by path, write nnx.PathGlob({like!r})")
+            raise FilterError(
+                f"the string {like!r} names a collection as a filter; to select by path, write nnx.PathGlob({like!r})"
+            )
         return Collection(like)
     if isinstance(like, (tuple, list)):
         return Any_(*like)
@@ -263,8 +280,8 @@ def to_filter(like: FilterLike) -> Filter:
     if callable(like):
         return Predicate(like)
     raise FilterError(
-        f"not a filter: {like!r}. A filter is a type, `...`, None, a collection's name, a function (path, node) -> bool, "
-        "a tuple of filters, nnx.All, nnx.Any, nnx.Not, nnx.buffers or nnx.PathGlob"
+        f"not a filter: {like!r}. A filter is a type, `...`, None, a collection's name, a function (path, node) -> "
+        "bool, a tuple of filters, nnx.All, nnx.Any, nnx.Not, nnx.buffers or nnx.PathGlob"
     )
 
 

@@ -26,13 +26,15 @@ OBJECT, CELL, STATIC, METHOD = "object", "cell", "static", "method"
 class StaticEntry:
     """A static value in a ModuleDef: equal by its fingerprint, copied out whenever it can change in place.
 
-    One object in several places is one object again after `merge`, so which of the mutable statics are one is compared as well:
-    by `alias`, their number in the order of the walk (-1 for what cannot change).
+    One object in several places is one object again after `merge`, so which of the mutable statics are one is
+    compared as well: by `alias`, their number in the order of the walk (-1 for what cannot change).
     """
 
     __slots__ = ("alias", "by_identity", "explicit", "key", "mutable", "value")
 
-    def __init__(self, value: Any, key: Hashable, mutable: bool, by_identity: tuple[str, ...], explicit: bool, alias: int) -> None:
+    def __init__(
+        self, value: Any, key: Hashable, mutable: bool, by_identity: tuple[str, ...], explicit: bool, alias: int
+    ) -> None:
         self.value = value
         self.key = (key, explicit)
         self.mutable = mutable
@@ -85,8 +87,8 @@ class Graph(NamedTuple):
 class ModuleDef(Generic[M]):
     """The static half of a Module: types, static values, submodules, sharing and the schema of its State.
 
-    A ModuleDef is interned: Modules of equal structure have the same one, so hashing and comparing it cost nothing however
-    large the model. It is a pytree without leaves.
+    A ModuleDef is interned: Modules of equal structure have the same one, so hashing and comparing it cost nothing
+    however large the model. It is a pytree without leaves.
     """
 
     __slots__ = ("__weakref__", "_key", "nodes", "roots", "schema")
@@ -117,8 +119,8 @@ class ModuleDef(Generic[M]):
         """Make a Module of States that together hold a value for each of its Variables and arrays.
 
         Args:
-            *states: States; where they meet, the later one wins. Entries that the definition does not know (an Intermediate
-                captured since, say) become attributes of the Module that their path leads to.
+            *states: States; where they meet, the later one wins. Entries that the definition does not know (an
+                Intermediate captured since, say) become attributes of the Module that their path leads to.
 
         Raises:
             StructureError: values are missing, or a path leads nowhere.
@@ -137,8 +139,8 @@ class ModuleDef(Generic[M]):
         """Call the Module, one of its methods or submodules, as a pure function of its State.
 
         Returns:
-            A caller: `moduledef.apply(state)(x)`, `.apply(state).method(x)`, `.apply(state).layers[0](x)`. Calling it returns
-            `(output, (new_state, new_moduledef))`.
+            A caller: `moduledef.apply(state)(x)`, `.apply(state).method(x)`, `.apply(state).layers[0](x)`. Calling it
+            returns `(output, (new_state, new_moduledef))`.
         """
         from nnx.core._pure import Pure, caller
 
@@ -173,7 +175,9 @@ class ModuleDef(Generic[M]):
                     _, cell_type, _ = self.schema.entries[payload]
                     stack.append((depth + 1, f"{name}=", "array" if cell_type is Buffer else cell_type.__name__))
                 else:
-                    stack.append((depth + 1, f"{name}=", _method_text(payload) if kind is METHOD else repr(payload)[:80]))
+                    stack.append(
+                        (depth + 1, f"{name}=", _method_text(payload) if kind is METHOD else repr(payload)[:80])
+                    )
         return "ModuleDef(" + "\n".join(lines) + ")"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -202,7 +206,9 @@ class ModuleDef(Generic[M]):
             if index < 0 or paths[index] is not None:
                 continue
             paths[index] = path
-            children = [(payload, (*path, name)) for name, kind, payload in self.nodes[index].attributes if kind is OBJECT]
+            children = [
+                (payload, (*path, name)) for name, kind, payload in self.nodes[index].attributes if kind is OBJECT
+            ]
             stack.extend(reversed(children))
         return [path if path is not None else () for path in paths]
 
@@ -215,7 +221,7 @@ def _unpickle_moduledef(nodes: Any, schema: Schema, roots: tuple[int, ...]) -> M
 
 
 class _Key:
-    """A structure with its hash, taken once: the interning table asks for it more than once, and structures are long."""
+    """A structure with its hash, taken once: structures are long, and the interning table asks twice."""
 
     __slots__ = ("content", "hash")
 
@@ -242,8 +248,8 @@ def walk(roots: Sequence[Object], known: Graph | None = None) -> Graph:
 
     Args:
         roots: Modules or Contexts.
-        known: what an earlier walk of other roots found. Objects and cells in it are not walked again; they are referred to by
-            negative indices, -1 for its first.
+        known: what an earlier walk of other roots found. Objects and cells in it are not walked again; they are
+            referred to by negative indices, -1 for its first.
 
     Raises:
         StaticError: a static value reaches a Module, a Variable or an array, or cannot be compared.
@@ -274,7 +280,8 @@ def walk(roots: Sequence[Object], known: Graph | None = None) -> Graph:
             root_indices.append(object_index[id(root)])
             continue
         root_indices.append(len(objects))
-        # Depth first with a stack of our own, as graphs may be deeper than Python's stack. Attributes come in natural order,
+        # Depth first with a stack of our own, as graphs may be deeper than Python's stack. Attributes come in natural
+        # order,
         # so cells are met in the natural order of their first paths.
         stack = [enter(root, (str(number),) if len(roots) > 1 else ())]
         while stack:
@@ -308,8 +315,9 @@ def walk(roots: Sequence[Object], known: Graph | None = None) -> Graph:
         found = object_index.get(id(method.__self__))
         if found is None:
             raise StaticError(
-                f"the static attribute `{path_text(path)}` is a bound method of a {type(method.__self__).__name__} that is not part "
-                "of the same Module: it would be baked in as a constant. Make that Module an attribute too"
+                f"the static attribute `{path_text(path)}` is a bound method of a {type(method.__self__).__name__} "
+                "that is not part of the same Module: it would be baked in as a constant. Make that Module an "
+                "attribute too"
             )
         attributes[position] = Attribute(name, METHOD, (found, method.__func__))
     definition = ModuleDef.of(
@@ -318,7 +326,9 @@ def walk(roots: Sequence[Object], known: Graph | None = None) -> Graph:
     return Graph(definition, objects, cells, [(value, key, explicit) for value, key, explicit, _ in statics.values()])
 
 
-def _static_entry(value: Any, path: Path, statics: dict[int, tuple[Any, Hashable, bool, int]], copies: dict[int, Any]) -> StaticEntry:
+def _static_entry(
+    value: Any, path: Path, statics: dict[int, tuple[Any, Hashable, bool, int]], copies: dict[int, Any]
+) -> StaticEntry:
     explicit = isinstance(value, Static)
     held = value._value if explicit else value
     try:
@@ -326,9 +336,10 @@ def _static_entry(value: Any, path: Path, statics: dict[int, tuple[Any, Hashable
     except StaticProblem as problem:
         name = f"{path_text(path)}{problem.where}"
         raise StaticError(
-            f"the static attribute `{path_text(path)}` holds {problem.reason} (at `{name}`): it would be a constant, and its "
-            "changes and gradients would be lost. Assign a list or dict of Modules as a whole (it becomes an nnx.Sequence or "
-            "nnx.Dict), put arrays into an nnx.Param, another Variable or an nnx.Node, or wrap a constant in nnx.Static"
+            f"the static attribute `{path_text(path)}` holds {problem.reason} (at `{name}`): it would be a constant, "
+            "and its changes and gradients would be lost. Assign a list or dict of Modules as a whole (it becomes an "
+            "nnx.Sequence or nnx.Dict), put arrays into an nnx.Param, another Variable or an nnx.Node, or wrap a "
+            "constant in nnx.Static"
         ) from None
     alias = -1
     if mark.mutable:
@@ -342,13 +353,18 @@ def _static_entry(value: Any, path: Path, statics: dict[int, tuple[Any, Hashable
 def statics_changed(statics: Sequence[tuple[Any, Hashable, bool]]) -> bool:
     """Whether a mutable static was edited in place since the walk that found it."""
     try:
-        return any(fingerprint(value, forbidden=(Object, Cell), arrays=explicit).key != key for value, key, explicit in statics)
+        return any(
+            fingerprint(value, forbidden=(Object, Cell), arrays=explicit).key != key for value, key, explicit in statics
+        )
     except StaticProblem:
         return True  # the next walk says what and where
 
 
 def build(
-    moduledef: ModuleDef[Any], values: Sequence[Any], known_objects: Sequence[Object] = (), known_cells: Sequence[Cell] = ()
+    moduledef: ModuleDef[Any],
+    values: Sequence[Any],
+    known_objects: Sequence[Object] = (),
+    known_cells: Sequence[Cell] = (),
 ) -> tuple[list[Object], list[Cell]]:
     """Make the objects and cells that a definition describes, in the current trace.
 
@@ -359,7 +375,8 @@ def build(
         known_cells: the same for cells.
     """
     cells = [
-        new_cell(kind, value, metadata, owned=True) for (_, kind, metadata), value in zip(moduledef.schema.entries, values, strict=True)
+        new_cell(kind, value, metadata, owned=True)
+        for (_, kind, metadata), value in zip(moduledef.schema.entries, values, strict=True)
     ]
     objects = [new_object(node.type) for node in moduledef.nodes]
     copies: dict[int, Any] = {}
@@ -398,8 +415,9 @@ def fill(
 def shadow(kind: type[Object], name: str) -> None:
     """See to it that a class attribute of the same name does not hide a cell.
 
-    A plain class attribute (a dataclass's default, `bias = None`, a method) is found before `__getattr__` is asked. A descriptor
-    takes its place, which gives the cell's value where there is a cell, and what was there before where there is none.
+    A plain class attribute (a dataclass's default, `bias = None`, a method) is found before `__getattr__` is asked. A
+    descriptor takes its place, which gives the cell's value where there is a cell, and what was there before where
+    there is none.
     """
     for base in kind.__mro__:
         if name in base.__dict__:
@@ -442,8 +460,8 @@ def merge_states(
     """Put the values of `states` in the order of a definition's schema.
 
     Returns:
-        The definition (without the temporary Variables that no State has a value for), the values, and the entries that the
-        schema does not know as `(path, type, metadata, value)`.
+        The definition (without the temporary Variables that no State has a value for), the values, and the entries
+        that the schema does not know as `(path, type, metadata, value)`.
     """
     schema = moduledef.schema
     if len(states) == 1 and isinstance(states[0], State) and states[0]._schema is schema:
@@ -473,9 +491,10 @@ def merge_states(
         if lost:
             shown = ", ".join(f"`{path_text(schema.paths[i])}` ({schema.entries[i][1].__name__})" for i in lost[:5])
             raise StructureError(
-                f"merge of a {moduledef.type.__name__}: {len(lost)} of {len(schema)} values are missing: {shown}"
-                f"{' ...' if len(lost) > 5 else ''}. Pass every State that the Module was partitioned into; to leave a collection "
-                "out for good, take it out with `pop_state`, or set `temporary = True` on its Variable class"
+                f"merge of a {moduledef.type.__name__}: {len(lost)} of {len(schema)} values are missing: "
+                f"{shown}{' ...' if len(lost) > 5 else ''}. Pass every State that the Module was partitioned into; to "
+                "leave a collection out for good, take it out with `pop_state`, or set `temporary = True` on its "
+                "Variable class"
             )
         moduledef = without_cells(moduledef, missing)
         values = [value for value in values if value is not _MISSING]
@@ -496,8 +515,9 @@ def without_cells(moduledef: ModuleDef[Any], gone: set[int]) -> ModuleDef[Any]:
             if attribute.kind is CELL and attribute.payload >= 0:
                 if attribute.payload in gone:
                     continue
-                attribute = attribute._replace(payload=number[attribute.payload])
-            remaining.append(attribute)
+                remaining.append(attribute._replace(payload=number[attribute.payload]))
+            else:
+                remaining.append(attribute)
         nodes.append(NodeDef(kind, tuple(remaining)))
     return ModuleDef.of(tuple(nodes), moduledef.schema.subset(kept), moduledef.roots)
 

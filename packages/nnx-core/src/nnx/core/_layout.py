@@ -18,17 +18,18 @@ __all__ = ["Layout", "layout_of", "layout_after", "state_of", "walk_in_turn"]
 class Layout:
     """A definition and the cells that it numbers. It is good while `valid` is true and no mutable static was edited.
 
-    Every object of the graph knows the layout weakly and sets `valid` to false before its structure changes. The layout knows
-    cells and statics but no object, so it keeps no Module alive.
+    Every object of the graph knows the layout weakly and sets `valid` to false before its structure changes. The
+    layout knows cells and statics but no object, so it keeps no Module alive.
 
     Attributes:
         moduledef: the definition.
         cells: the cells, in the order of the definition's schema.
         statics: the mutable statics, each with its key at the time of the walk.
         token: stands for this layout in the keys of `after`, without keeping it alive.
-        after: layouts of the same root for calls in which other roots came before it; None stands for this one, which must not
-            refer to itself or it would wait for the garbage collector.
-        root: the root, weakly, so that it can drop a layout that is out of date together with the arrays that only this knows.
+        after: layouts of the same root for calls in which other roots came before it; None stands for this one, which
+            must not refer to itself or it would wait for the garbage collector.
+        root: the root, weakly, so that it can drop a layout that is out of date together with the arrays that only
+            this knows.
     """
 
     __slots__ = ("__weakref__", "after", "cells", "moduledef", "root", "statics", "token", "trace", "valid")
@@ -42,7 +43,8 @@ class Layout:
         self.after: dict[tuple[object, ...], Layout | None] = {}
         self.root: weakref.ref[Object] | None = weakref.ref(graph.objects[0]) if graph.objects else None
         traces = {cell._trace for cell in graph.cells}
-        # The one trace that all cells belong to lets a call check them all at once; cells of several are checked one by one.
+        # The one trace that all cells belong to lets a call check them all at once; cells of several are checked one
+        # by one.
         self.trace = traces.pop() if len(traces) == 1 else None
         reference = weakref.ref(self)
         for instance in graph.objects:

@@ -1,4 +1,4 @@
-"""Module: an ordinary Python class whose attributes are data, submodules or statics; sharing, cycles and mutation are allowed."""
+"""Module: an ordinary, mutable Python class whose attributes are data, submodules or statics."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ N = TypeVar("N", bound="Module")
 
 
 class _Init:
-    """`Cls.init(...)` makes a Module and partitions it; `module.init(...)` calls it while `is_initializing()` is true."""
+    """`Cls.init(...)` makes and partitions a Module; `module.init(...)` calls it while `is_initializing()` is true."""
 
     def __get__(self, instance: Module | None, owner: type[Module]) -> Any:
         if instance is None:
@@ -109,22 +109,28 @@ class Module(Object):
         slots = cls.__dict__.get("__slots__", ())
         if slots and set((slots,) if isinstance(slots, str) else slots) - {"__weakref__", "__dict__"}:
             raise AttributeKindError(
-                f"{cls.__qualname__} declares __slots__: attributes kept in slots are out of sight of partition. Remove the slots"
+                f"{cls.__qualname__} declares __slots__: attributes kept in slots are out of sight of partition. "
+                "Remove the slots"
             )
         register(cls)
 
     if not TYPE_CHECKING:
 
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> Any:
             try:
                 return self._nnx_cells[name]._value
             except KeyError:
                 pass
             return _missing_attribute(self, name)
 
-        def __setattr__(self, name, value):
+        def __setattr__(self, name: str, value: Any) -> None:
             cell = self._nnx_cells.get(name)
-            if cell is not None and type(cell) is not Buffer and not isinstance(value, (Cell, Object)) and not cell.structural:
+            if (
+                cell is not None
+                and type(cell) is not Buffer
+                and not isinstance(value, (Cell, Object))
+                and not cell.structural
+            ):
                 if cell._trace is not current_trace():
                     check_cell_trace(cell, attribute_name(self, name), origin_of(self))
                 if type(value) in _CONTAINERS:
@@ -133,7 +139,7 @@ class Module(Object):
             else:
                 _assign(self, name, value)
 
-        def __delattr__(self, name):
+        def __delattr__(self, name: str) -> None:
             held = self.__dict__
             descriptor = _class_attribute(type(self), name)
             if name not in self._nnx_cells and hasattr(type(descriptor), "__delete__"):
@@ -156,7 +162,9 @@ class Module(Object):
     @overload
     def partition(self, first: FilterLike, /) -> Pure[State, Self]: ...
     @overload
-    def partition(self, first: FilterLike, second: FilterLike, /, *filters: FilterLike) -> Pure[tuple[State, ...], Self]: ...
+    def partition(
+        self, first: FilterLike, second: FilterLike, /, *filters: FilterLike
+    ) -> Pure[tuple[State, ...], Self]: ...
     def partition(self, *filters: FilterLike) -> Pure[Any, Self]:
         """Split the Module into its data and its definition.
 
@@ -164,7 +172,8 @@ class Module(Object):
             *filters: split the data further, as `State.partition` does.
 
         Returns:
-            A pair `(state, moduledef)`, or `(states, moduledef)` for several filters, with methods of its own (see `Pure`).
+            A pair `(state, moduledef)`, or `(states, moduledef)` for several filters, with methods of its own (see
+            `Pure`).
 
         Raises:
             FilterError: the filters do not cover the State, or `...` is not the last.
@@ -213,8 +222,9 @@ class Module(Object):
         """Write new data into the Module, in place.
 
         Args:
-            updates: a State or a tuple of States: their values are written, and entries that the Module lacks become attributes.
-                A Pure or a Module: the structure is taken over too, so attributes disappear and statics change as well.
+            updates: a State or a tuple of States: their values are written, and entries that the Module lacks become
+                attributes. A Pure or a Module: the structure is taken over too, so attributes disappear and statics
+                change as well.
             *more: further updates, applied in turn.
 
         Raises:
@@ -222,9 +232,8 @@ class Module(Object):
             PathError: a path leads nowhere.
             TraceContextError: what would be written belongs to another trace.
         """
-        for update in (updates, *more):
-            if isinstance(update, Object):
-                update = Pure.of(update)
+        for given in (updates, *more):
+            update = Pure.of(given) if isinstance(given, Object) else given
             if isinstance(update, Pure):
                 moduledef, values, extra = merge_states(update.moduledef, update._states())
                 update_from_definition(self, moduledef, values)
@@ -232,7 +241,9 @@ class Module(Object):
                 continue
             states = states_of(update)
             if states is None:
-                raise StructureError(f"update_state takes a State, a tuple of States, a Pure or a Module, got {type(update).__name__}")
+                raise StructureError(
+                    f"update_state takes a State, a tuple of States, a Pure or a Module, got {type(update).__name__}"
+                )
             update_values(self, states)
 
     def clone(self) -> Self:
@@ -253,7 +264,7 @@ class Module(Object):
     init = _Init()
 
     def is_initializing(self) -> bool:
-        """Whether the call under way was made through `module.init(...)`, so that parameters may be made from its inputs."""
+        """Whether the call under way came through `module.init(...)`: parameters may be made from its inputs."""
         return self._nnx_initializing > 0
 
     def get_variable(self, name: str) -> Any:
@@ -301,17 +312,22 @@ class Module(Object):
         cell = self._nnx_cells.get(name)
         if cell is None:
             if name in self.__dict__ or _class_attribute(type(self), name) is not None:
-                raise VariableError(f"cannot sow into `{attribute_name(self, name)}`: the name is already an attribute or a method")
+                raise VariableError(
+                    f"cannot sow into `{attribute_name(self, name)}`: the name is already an attribute or a method"
+                )
             setattr(self, name, kind(reduce_fn(init_fn(), value)))
             return
         if type(cell) is not kind:
             raise VariableError(
-                f"cannot sow a {kind.__name__} into `{attribute_name(self, name)}`, which is a {type(cell).__name__}: use another name"
+                f"cannot sow a {kind.__name__} into `{attribute_name(self, name)}`, which is a "
+                f"{type(cell).__name__}: use another name"
             )
         try:
             joined = reduce_fn(cell._value, value)
         except TypeError as error:
-            raise VariableError(f"cannot sow into `{attribute_name(self, name)}`: it holds a {type(cell._value).__name__}") from error
+            raise VariableError(
+                f"cannot sow into `{attribute_name(self, name)}`: it holds a {type(cell._value).__name__}"
+            ) from error
         setattr(self, name, joined)
 
     def for_each(self, module_type: type[N], fn: Callable[[N], Any]) -> None:
@@ -476,7 +492,9 @@ def _assign(module: Module, name: str, value: Any) -> None:
     existing = cells.get(name)
     if existing is None and name not in plain:
         if not name or "/" in name or name.startswith("_nnx_"):
-            raise AttributeKindError(f"{name!r} cannot be an attribute of a Module: names are parts of paths and hold no '/'")
+            raise AttributeKindError(
+                f"{name!r} cannot be an attribute of a Module: names are parts of paths and hold no '/'"
+            )
         value = _wrap_field(type(module), name, value)
     if isinstance(value, Cell):
         _assign_cell(module, name, value, existing)
@@ -484,8 +502,8 @@ def _assign(module: Module, name: str, value: Any) -> None:
     if isinstance(value, Object):
         if isinstance(existing, (Variable, Node)):
             raise AttributeKindError(
-                f"cannot assign a {type(value).__name__} to `{attribute_name(module, name)}`, which is a {type(existing).__name__}: "
-                f"`del module.{name}` first"
+                f"cannot assign a {type(value).__name__} to `{attribute_name(module, name)}`, which is a "
+                f"{type(existing).__name__}: `del module.{name}` first"
             )
         if plain.get(name) is not value:
             _put_plain(module, name, value)
@@ -496,8 +514,8 @@ def _assign(module: Module, name: str, value: Any) -> None:
             return
         if not (is_data(value) or value is None or isinstance(value, (int, float, complex, np.generic))):
             raise AttributeKindError(
-                f"cannot assign a {type(value).__name__} to `{attribute_name(module, name)}`, which holds an array: an attribute "
-                f"keeps its kind. `del module.{name}` first, or use another name"
+                f"cannot assign a {type(value).__name__} to `{attribute_name(module, name)}`, which holds an array: an "
+                f"attribute keeps its kind. `del module.{name}` first, or use another name"
             )
         check_cell_trace(existing, attribute_name(module, name), origin_of(module))
         existing._value = value
@@ -521,14 +539,17 @@ def _assign_cell(module: Module, name: str, value: Any, existing: Cell | None) -
         _check_no_modules(value._value, module, name)
     if isinstance(existing, (Variable, Node)) and not isinstance(value, Static):
         if not existing.is_equivalent(value):  # asked first, as finding the attribute's path for the error takes time
-            check_equivalent(attribute_name(module, name), type(existing), existing._metadata, type(value), value._metadata)
+            check_equivalent(
+                attribute_name(module, name), type(existing), existing._metadata, type(value), value._metadata
+            )
         if not value._owned:
             check_cell_trace(existing, attribute_name(module, name), origin_of(module))
             set_value(existing, value._value)
             return
     elif isinstance(existing, (Variable, Node)):
         raise VariableError(
-            f"`{attribute_name(module, name)}` is a {type(existing).__name__} and cannot become static: `del module.{name}` first"
+            f"`{attribute_name(module, name)}` is a {type(existing).__name__} and cannot become static: `del "
+            f"module.{name}` first"
         )
     if value._trace is None:
         value = new_cell(type(value), value._value, value._metadata)
@@ -582,8 +603,8 @@ def _check_no_modules(value: Any, module: Module, name: str) -> None:
     for leaf in _container_leaves(value):
         if isinstance(leaf, (Object, Cell)):
             raise AttributeKindError(
-                f"the value of `{attribute_name(module, name)}` holds a {type(leaf).__name__}: a Variable or Node holds arrays. Assign the Module to an "
-                "attribute of its own, or use nnx.Sequence or nnx.Dict"
+                f"the value of `{attribute_name(module, name)}` holds a {type(leaf).__name__}: a Variable or Node "
+                "holds arrays. Assign the Module to an attribute of its own, or use nnx.Sequence or nnx.Dict"
             )
 
 
@@ -605,7 +626,7 @@ def _container_leaves(value: Any) -> list[Any]:
 
 
 def _convert(value: Any, module: Module, name: str) -> Any:
-    """Turn a container of Modules into a Sequence or Dict; refuse one that mixes in data; leave any other value as it is."""
+    """Turn a container of Modules into a Sequence or Dict; refuse one that mixes in data; leave other values."""
     leaves = _container_leaves(value)
     modules = [leaf for leaf in leaves if isinstance(leaf, Object)]
     data = [leaf for leaf in leaves if (isinstance(leaf, Cell) and not isinstance(leaf, Static)) or is_data(leaf)]
@@ -618,15 +639,23 @@ def _convert(value: Any, module: Module, name: str) -> Any:
         if converted is not None:
             return converted
     culprit = (data or modules)[0]
-    kind = "JAX array" if isinstance(culprit, jax.Array) else "NumPy array" if isinstance(culprit, np.ndarray) else type(culprit).__name__
+    kind = (
+        "JAX array"
+        if isinstance(culprit, jax.Array)
+        else "NumPy array"
+        if isinstance(culprit, np.ndarray)
+        else type(culprit).__name__
+    )
     fix = (
-        f"nnx.Sequence(...) or nnx.Dict(...) for Modules and Variables by position or name: `self.{name} = nnx.Sequence([...])`"
+        f"nnx.Sequence(...) or nnx.Dict(...) for Modules and Variables by position or name: `self.{name} = "
+        "nnx.Sequence([...])`"
         if modules or isinstance(culprit, Cell)
-        else f"nnx.Node to hold the whole pytree as data: `self.{name} = nnx.Node(...)`; nnx.Param to train it; nnx.Static for constants"
+        else f"nnx.Node to hold the whole pytree as data: `self.{name} = nnx.Node(...)`; nnx.Param to train it; "
+        "nnx.Static for constants"
     )
     raise AttributeKindError(
-        f"cannot assign a {type(value).__name__} that holds a {kind} to `{attribute_name(module, name)}`: it would be static, so its changes and gradients "
-        f"would be lost. Use {fix}"
+        f"cannot assign a {type(value).__name__} that holds a {kind} to `{attribute_name(module, name)}`: it would be "
+        f"static, so its changes and gradients would be lost. Use {fix}"
     )
 
 

@@ -17,12 +17,12 @@ _types: tuple[type, ...] = (jax.Array, np.ndarray, jax.ShapeDtypeStruct, State)
 
 
 def register_node_type(kind: type) -> type:
-    """Declare that instances of `kind`, a registered pytree, are nodes: assigned to a Module they are data, not statics.
+    """Declare that instances of `kind`, a registered pytree, are nodes: data of the Module that holds them.
 
     Returns:
         `kind`, so that it can be used as a decorator.
     """
-    global _types
+    global _types  # noqa: PLW0603 - a registry, and `isinstance` takes no list
     if not isinstance(kind, type):
         raise TypeError(f"register_node_type takes a class, got {kind!r}")
     if kind not in _types:
@@ -31,7 +31,7 @@ def register_node_type(kind: type) -> type:
 
 
 def is_node(value: Any) -> bool:
-    """Whether `value`, assigned to a Module, becomes a node: a Variable, a Node, an array, a Module or another registered type."""
+    """Whether `value`, assigned to a Module, becomes a node: a Variable, Node, array, Module or registered type."""
     return isinstance(value, (Object, *_types)) or (isinstance(value, Cell) and not isinstance(value, Static))
 
 

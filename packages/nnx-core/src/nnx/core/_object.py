@@ -1,4 +1,4 @@
-"""Object: what Modules and Contexts share: cells beside plain attributes, the trace they were made in, and who caches them."""
+"""Object, the base of Module and Context: cells beside plain attributes, the trace it was made in, its caches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ class Object:
     The hidden fields are slots, so that `vars(module)` shows a user's own attributes and nothing else.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_nnx_cells", "_nnx_initializing", "_nnx_layout", "_nnx_layouts", "_nnx_origin", "_nnx_trace")
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_nnx_cells",
+        "_nnx_initializing",
+        "_nnx_layout",
+        "_nnx_layouts",
+        "_nnx_origin",
+        "_nnx_trace",
+    )
 
     _nnx_cells: dict[str, Cell]
     _nnx_trace: TraceRef
@@ -90,7 +99,12 @@ def cached_names(kind: type) -> frozenset[str]:
     """The names of a class's cached properties."""
     found = _CACHED.get(kind)
     if found is None:
-        names = {name for base in kind.__mro__ for name, item in base.__dict__.items() if isinstance(item, functools.cached_property)}
+        names = {
+            name
+            for base in kind.__mro__
+            for name, item in base.__dict__.items()
+            if isinstance(item, functools.cached_property)
+        }
         found = _CACHED[kind] = frozenset(names)
     return found
 

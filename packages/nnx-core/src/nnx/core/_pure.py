@@ -120,7 +120,7 @@ class Pure(tuple[S, ModuleDef[M]], Generic[S, M]):
 
     @property
     def apply(self) -> Any:
-        """Call the Module, a method or a submodule: `pure.apply(x)`, `pure.apply.method(x)` give `(output, new Pure)`."""
+        """Call the Module, a method or a submodule: `pure.apply(x)`, `pure.apply.method(x)` give `(out, Pure)`."""
         return self[1].apply(*self._states())
 
     @property
@@ -159,20 +159,18 @@ class Pure(tuple[S, ModuleDef[M]], Generic[S, M]):
         return taken, Pure((state - gone, without_cells(self[1], positions)))
 
     def update_state(self, *updates: Any) -> Pure[State, M]:
-        """Return a Pure with new values; where they meet, an update wins over what was there, and a later one over an earlier.
+        """Return a Pure with new values: an update wins over what was there, a later one over an earlier.
 
         Args:
             *updates: States, tuples of States, Pures, or Modules.
         """
         merged = self.state
         moduledef = self[1]
-        for update in updates:
-            if isinstance(update, Object):
-                update = Pure.of(update)
+        for given in updates:
+            update = Pure.of(given) if isinstance(given, Object) else given
             if isinstance(update, Pure):
                 moduledef = update[1]
-                update = update.state
-            states = states_of(update)
+            states = update._states() if isinstance(update, Pure) else states_of(update)
             if states is None:
                 raise StructureError(f"update_state takes States, Pures or Modules, got {type(update).__name__}")
             merged = merged.merge(*states)

@@ -160,8 +160,8 @@ def _checked(tree: Pytree, name: str, value: Any, old: Any) -> Any:
         for leaf in jax.tree.leaves(value, is_leaf=is_node):
             if is_node(leaf):
                 raise AttributeKindError(
-                    f"the field `{name}` of a {type(tree).__name__} would be static, but holds a {type(leaf).__name__}: "
-                    f"wrap it, `self.{name} = nnx.TreeNode(...)`, to make it data"
+                    f"the field `{name}` of a {type(tree).__name__} would be static, but holds a "
+                    f"{type(leaf).__name__}: wrap it, `self.{name} = nnx.TreeNode(...)`, to make it data"
                 )
     return value
 

@@ -26,7 +26,9 @@ def summarize(value: Any, limit: int = 80) -> str:
         inside = ", ".join(summarize(item) for item in value[:6]) + (", ..." if len(value) > 6 else "")
         return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' if len(value) == 1 else ''})"
     if type(value) is dict:
-        inside = ", ".join(f"{k!r}: {summarize(v)}" for k, v in list(value.items())[:6]) + (", ..." if len(value) > 6 else "")
+        inside = ", ".join(f"{k!r}: {summarize(v)}" for k, v in list(value.items())[:6]) + (
+            ", ..." if len(value) > 6 else ""
+        )
         return f"{{{inside}}}"
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
@@ -37,7 +39,7 @@ def _deleted(value: Any) -> bool:
 
 
 def module_repr(module: Any, max_lines: int = 120) -> str:
-    """A Module as an indented tree: statics and Variables by line, each Module once, however deep or cyclic the graph is."""
+    """A Module as an indented tree, each Module once, however deep or cyclic the graph is."""
     from nnx.core._object import Object
 
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""State: a flat, immutable mapping from paths to Variables and arrays, stored by column as a schema and a tuple of values."""
+"""State: an immutable mapping from paths to Variables and arrays, stored as a schema and a tuple of values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ Entry = tuple[Path, type[Cell], Metadata]
 
 @functools.lru_cache(maxsize=65536)
 def _part_key(part: str) -> tuple[tuple[int, int, str], ...]:
-    return tuple((0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"([0-9]+)", part) if piece)
+    return tuple(
+        (0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"([0-9]+)", part) if piece
+    )
 
 
 def natural_key(part: str) -> tuple[tuple[int, int, str], ...]:
@@ -116,7 +118,10 @@ class Schema:
         return f"Schema({inside}{', ...' if len(self) > 20 else ''})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_unpickle_schema, (tuple((path, encode_type(kind), metadata) for path, kind, metadata in self.entries),))
+        return (
+            _unpickle_schema,
+            (tuple((path, encode_type(kind), metadata) for path, kind, metadata in self.entries),),
+        )
 
     def __copy__(self) -> Schema:
         return self
@@ -129,7 +134,7 @@ class Schema:
         return Schema.of([self.entries[i] for i in indices])
 
     def select(self, filters: tuple[Filter, ...], values: Sequence[Any]) -> tuple[tuple[tuple[int, ...], Schema], ...]:
-        """Deal the entries out to filters, the first that matches taking each; one more group, the last, holds the rest."""
+        """Deal the entries out to filters, the first that matches taking each; the last group holds the rest."""
         cacheable = not any(item.uses_node for item in filters)
         if cacheable:
             found = self._selections.get(filters)
@@ -192,7 +197,9 @@ def _check_paths(ordered: Sequence[Path]) -> None:
         if path == following:
             raise StructureError(f"two entries for the path `{path_text(path)}`")
         if following[: len(path)] == path:
-            raise StructureError(f"the path `{path_text(path)}` is the beginning of `{path_text(following)}`: a node holds no nodes")
+            raise StructureError(
+                f"the path `{path_text(path)}` is the beginning of `{path_text(following)}`: a node holds no nodes"
+            )
 
 
 class State(Mapping[Path, Any]):
@@ -201,7 +208,8 @@ class State(Mapping[Path, Any]):
     A State is a pytree whose leaves are the values; `jax.tree.map` over States with the same paths works as over dicts.
 
     Args:
-        items: a mapping (or pairs) from path to Variable or array. A path is a tuple of strings, or one string with `/`.
+        items: a mapping (or pairs) from path to Variable or array. A path is a tuple of strings, or one string with
+            `/`.
 
     Raises:
         PathError: a path is malformed.
@@ -308,9 +316,9 @@ class State(Mapping[Path, Any]):
         if rest:
             missed = [f"`{path_text(self.paths[i])}` ({_kind_text(self._schema.entries[i][1])})" for i in rest[:5]]
             raise FilterError(
-                f"{len(rest)} of {len(self)} nodes are matched by none of the filters ({', '.join(map(repr, wanted))}): "
-                f"{', '.join(missed)}{' ...' if len(rest) > 5 else ''}. Add `...` as the last filter to take the rest, "
-                "or use `filter`, which leaves it out"
+                f"{len(rest)} of {len(self)} nodes are matched by none of the filters "
+                f"({', '.join(map(repr, wanted))}): {', '.join(missed)}{' ...' if len(rest) > 5 else ''}. Add `...` as "
+                "the last filter to take the rest, or use `filter`, which leaves it out"
             )
         states = tuple(self._pick(group) for group in groups)
         return states[0] if len(states) == 1 else states
@@ -391,7 +399,10 @@ class State(Mapping[Path, Any]):
         while stack:
             path, item = stack.pop()
             if isinstance(item, Mapping) and not isinstance(item, State):
-                stack.extend(((*path, check_part(str(part) if isinstance(part, int) else part)), sub) for part, sub in item.items())
+                stack.extend(
+                    ((*path, check_part(str(part) if isinstance(part, int) else part)), sub)
+                    for part, sub in item.items()
+                )
             else:
                 pairs.append((path, item))
         return State(pairs)

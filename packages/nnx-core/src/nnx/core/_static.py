@@ -21,7 +21,7 @@ _HEAP_TYPE = 1 << 9
 _COPY_HOOKS = ("__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__deepcopy__", "__iter__")
 
 
-class StaticProblem(Exception):
+class StaticProblem(Exception):  # noqa: N818 - caught by us, never seen by users
     """A value that cannot be static: `where` leads from the attribute to the culprit, `reason` says what it is."""
 
     def __init__(self, reason: str, where: str = "") -> None:
@@ -97,7 +97,7 @@ class _Walker:
             return (kind, value.dtype.str, value.shape, _array_content(value, self, where))
         if isinstance(value, np.generic):
             return (kind, value.dtype.str, value.tobytes())
-        if isinstance(value, enum.Enum) or isinstance(value, _IDENTITY_TYPES):
+        if isinstance(value, (enum.Enum, *_IDENTITY_TYPES)):
             return (kind, _Identity(value))
         # A value that contains itself is compared by the distance to itself, as the walk would never end.
         if id(value) in self.active:
@@ -117,7 +117,10 @@ class _Walker:
             self.mutable = self.mutable or isinstance(value, dict)
             return (
                 kind,
-                tuple((self.key(k, f"{where} key", False), self.key(v, f"{where}[{k!r}]", in_tree)) for k, v in value.items()),
+                tuple(
+                    (self.key(k, f"{where} key", False), self.key(v, f"{where}[{k!r}]", in_tree))
+                    for k, v in value.items()
+                ),
             )
         if isinstance(value, slice):  # not hashable before Python 3.12
             return (kind, self._compound((value.start, value.stop, value.step), tuple, where, in_tree))
@@ -132,7 +135,11 @@ class _Walker:
                 self.key(value.keywords, f"{where}.keywords", False),
             )
         if isinstance(value, types.MethodType):
-            return (kind, self.key(value.__func__, f"{where}.__func__", False), self.key(value.__self__, f"{where}.__self__", False))
+            return (
+                kind,
+                self.key(value.__func__, f"{where}.__func__", False),
+                self.key(value.__self__, f"{where}.__self__", False),
+            )
         if isinstance(value, types.FunctionType):
             self._check_function(value, where)
             if "<locals>" in value.__qualname__ or value.__name__ == "<lambda>":
@@ -144,7 +151,9 @@ class _Walker:
                 self.mutable = True
             return (kind, tuple((name, self.key(item, f"{where}.{name}", False)) for name, item in fields))
         if kind.__hash__ is None or not _hashable(value):
-            raise StaticProblem(f"a {kind.__module__}.{kind.__qualname__} that can neither be hashed nor compared by its fields", where)
+            raise StaticProblem(
+                f"a {kind.__module__}.{kind.__qualname__} that can neither be hashed nor compared by its fields", where
+            )
         if kind.__eq__ is object.__eq__:
             if kind.__module__.partition(".")[0] not in {"jax", "jaxlib", "numpy", "builtins"}:
                 self.by_identity.append(f"{where or 'value'}: {kind.__qualname__} object")
@@ -309,7 +318,8 @@ def _copy_compound(value: Any, kind: type, memo: dict[int, Any]) -> Any:
     fields = _plain_fields(value, kind)
     if fields is None:
         return value
-    instance = types.SimpleNamespace.__new__(kind) if isinstance(value, types.SimpleNamespace) else object.__new__(kind)
+    base: Any = types.SimpleNamespace if isinstance(value, types.SimpleNamespace) else object
+    instance = base.__new__(kind)
     memo[id(value)] = instance
     changed = not _is_frozen(kind)
     for name, item in fields:

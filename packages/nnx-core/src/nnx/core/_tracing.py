@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import pathlib
 import sys
 import types
 import weakref
@@ -21,11 +21,11 @@ _trace_context = _jax_core.trace_ctx
 def current_trace() -> TraceRef:
     """Return a token of the current trace: the same object (`is`) within one trace, another one in any other.
 
-    The token holds the trace weakly, so a Module that outlives its trace keeps no tracer alive; and since the token itself is
-    compared, a new trace at a freed address is never mistaken for the old one.
+    The token holds the trace weakly, so a Module that outlives its trace keeps no tracer alive; and since the token
+    itself is compared, a new trace at a freed address is never mistaken for the old one.
 
-    `jax.extend.core.get_opaque_trace_state` is the public form of the same fact; it builds an object at each call and compares in
-    Python, which an attribute write would feel (0.4 us against 0.15).
+    `jax.extend.core.get_opaque_trace_state` is the public form of the same fact; it builds an object at each call and
+    compares in Python, which an attribute write would feel (0.4 us against 0.15).
     """
     return _trace_context.trace._weakref  # type: ignore[no-any-return]
 
@@ -52,8 +52,8 @@ _TRACE_NAMES = {
     "ShardMapTrace": "the body of jax.shard_map",
 }
 
-_OWN_FILES = os.path.dirname(os.path.abspath(__file__))
-_JAX_FILES = os.path.dirname(os.path.abspath(jax.__file__))
+_OWN_FILES = str(pathlib.Path(__file__).resolve().parent)
+_JAX_FILES = str(pathlib.Path(jax.__file__).resolve().parent)
 
 
 def calling_line() -> str:

@@ -61,13 +61,13 @@ def add_entries(root: Object, entries: Sequence[tuple[Path, type[Cell], Any, Any
 
 
 def _check_free(parent: Object, path: Path) -> None:
-    """Raise if a State's entry would take the place of a submodule or a static: a State has no say in what is no data."""
+    """Raise if a State's entry would take the place of a submodule or a static, which no State has a say in."""
     held = parent.__dict__.get(path[-1])
     if held is not None:
         what = f"a {type(held).__name__}" if isinstance(held, Object) else f"the static {held!r:.80}"
         raise StructureError(
-            f"`{path_text(path)}` is {what}, but the State has data at that path: `del module.{path[-1]}` first, or update from a Pure "
-            "or a Module, which takes over the structure too"
+            f"`{path_text(path)}` is {what}, but the State has data at that path: `del module.{path[-1]}` first, or "
+            "update from a Pure or a Module, which takes over the structure too"
         )
 
 
@@ -92,8 +92,8 @@ def _parent_of(root: Object, path: Path) -> Object:
         if not isinstance(child, Object):
             known = [(name,) for name, item in parent.__dict__.items() if isinstance(item, Object)]
             raise PathError(
-                f"the path `{path_text(path)}` leads nowhere: the {type(parent).__name__} at `{path_text(path[:i]) or '.'}` has no "
-                f"submodule `{part}`; {near_misses((part,), known)}"
+                f"the path `{path_text(path)}` leads nowhere: the {type(parent).__name__} at "
+                f"`{path_text(path[:i]) or '.'}` has no submodule `{part}`; {near_misses((part,), known)}"
             )
         parent = child
     return parent  # type: ignore[no-any-return]
@@ -115,7 +115,7 @@ def remove_cells(root: Object, gone: Sequence[Cell]) -> None:
 
 
 def update_from_definition(root: Object, moduledef: ModuleDef[Any], values: Sequence[Any]) -> None:
-    """Make a live graph equal to a definition and values: attributes appear, disappear and change; what stays, stays itself.
+    """Make a live graph equal to a definition and values, keeping the objects that stay.
 
     Objects and cells are matched by path, and kept where their types (and metadata) agree.
     """
@@ -128,7 +128,9 @@ def update_from_definition(root: Object, moduledef: ModuleDef[Any], values: Sequ
             cell._value = value
         return
     if type(root) is not moduledef.type:
-        raise StructureError(f"cannot update a {type(root).__name__} from the definition of a {moduledef.type.__name__}")
+        raise StructureError(
+            f"cannot update a {type(root).__name__} from the definition of a {moduledef.type.__name__}"
+        )
     by_path = dict(zip(graph.moduledef.node_paths(), graph.objects, strict=True))
     objects = []
     for path, node in zip(moduledef.node_paths(), moduledef.nodes, strict=True):
@@ -169,7 +171,9 @@ def sync(
         new_cell(kind, value, metadata, owned=True) if cell is None else cell
         for cell, (_, kind, metadata), value in zip(cells, moduledef.schema.entries, values, strict=True)
     ]
-    all_objects = [new_object(node.type) if item is None else item for item, node in zip(objects, moduledef.nodes, strict=True)]
+    all_objects = [
+        new_object(node.type) if item is None else item for item, node in zip(objects, moduledef.nodes, strict=True)
+    ]
     live = _live_statics(moduledef, objects)
     changed = []
     for instance, old, node in zip(all_objects, objects, moduledef.nodes, strict=True):
@@ -185,8 +189,8 @@ def sync(
         instance._nnx_cells.clear()
         fill(instance, attributes, all_objects, all_cells, (), (), copies)
         instance.__dict__.update(kept)
-    for cell, live, value, write in zip(all_cells, cells, values, written, strict=True):
-        if write and live is not None:
+    for cell, old_cell, value, write in zip(all_cells, cells, values, written, strict=True):
+        if write and old_cell is not None:
             cell._value = value
     return all_objects, all_cells
 
@@ -217,7 +221,11 @@ def _live_statics(moduledef: ModuleDef[Any], objects: Sequence[Object | None]) -
 
 
 def _differs(
-    instance: Object, attributes: Sequence[Attribute], objects: Sequence[Object], cells: Sequence[Cell], live: dict[int, Any]
+    instance: Object,
+    attributes: Sequence[Attribute],
+    objects: Sequence[Object],
+    cells: Sequence[Cell],
+    live: dict[int, Any],
 ) -> bool:
     current = dict(instance._nnx_children())
     if len(current) != len(attributes):
@@ -229,7 +237,11 @@ def _differs(
         elif kind is CELL:
             same = held is cells[payload]
         elif kind is METHOD:
-            same = isinstance(held, types.MethodType) and held.__self__ is objects[payload[0]] and held.__func__ is payload[1]
+            same = (
+                isinstance(held, types.MethodType)
+                and held.__self__ is objects[payload[0]]
+                and held.__func__ is payload[1]
+            )
         else:
             same = _same_static(held, payload)
             if same and payload.mutable:

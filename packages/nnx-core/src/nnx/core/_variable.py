@@ -1,4 +1,4 @@
-"""Variable and its collections: one value in one place, with a type that names its collection and metadata that never change."""
+"""Variable and its collections: one value in one place, with a type and metadata that never change."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Metadata(Mapping[str, Any]):
-    """Read-only metadata of a Variable, interned: equal metadata are one object, so comparing them is comparing identities."""
+    """Read-only metadata of a Variable, interned: equal metadata are one object."""
 
     __slots__ = ("__weakref__", "_items", "_mutable")
 
@@ -57,7 +57,9 @@ class Metadata(Mapping[str, Any]):
             try:
                 mark = fingerprint(items[name], forbidden=(Cell,))
             except StaticProblem as problem:
-                raise VariableError(f"metadata `{name}{problem.where}` is {problem.reason}; metadata must be static values") from None
+                raise VariableError(
+                    f"metadata `{name}{problem.where}` is {problem.reason}; metadata must be static values"
+                ) from None
             key.append((name, mark.key))
             mutable = mutable or mark.mutable
         found = cls._interned.get(tuple(key))
@@ -135,7 +137,7 @@ def with_metadata(initializer: F, **metadata: Any) -> F:
 
 
 class Cell:
-    """The place where one leaf of a Module lives. Everything that holds data is a Cell: Variables, Nodes, buffers, streams."""
+    """The place where one leaf of a Module lives: the base of Variables, Nodes, buffers and streams."""
 
     __slots__ = ("__weakref__", "_metadata", "_owned", "_trace", "_value")
 
@@ -151,7 +153,10 @@ class Cell:
     """Whether `merge` may find no value for it: collections that come and go, as `Intermediate` does."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_unpickle_cell, (encode_type(type(self)), self._metadata, self._value, self._trace is None, self._owned))
+        return (
+            _unpickle_cell,
+            (encode_type(type(self)), self._metadata, self._value, self._trace is None, self._owned),
+        )
 
     def __copy__(self) -> Any:
         return new_cell(type(self), self._value, self._metadata)
@@ -162,15 +167,18 @@ class Cell:
         return new_cell(type(self), copy.deepcopy(self._value, memo), self._metadata)
 
 
-# The slots' own setters: a Variable's `__setattr__` guards its metadata, and the write of a value must not pay for that.
+# The slots' own setters: a Variable's `__setattr__` guards its metadata, and the write of a value must not pay for
+# that.
 set_value: Callable[[Cell, Any], None] = Cell.__dict__["_value"].__set__
 set_metadata: Callable[[Cell, Metadata], None] = Cell.__dict__["_metadata"].__set__
 set_trace: Callable[[Cell, TraceRef | None], None] = Cell.__dict__["_trace"].__set__
 set_owned: Callable[[Cell, bool], None] = Cell.__dict__["_owned"].__set__
 
 
-def new_cell(kind: type[Cell], value: Any, metadata: Metadata = _NO_METADATA, *, owned: bool = False, frozen: bool = False) -> Any:
-    """Make a Cell of type `kind` without running a user's constructor; a frozen one belongs to no trace and refuses writes."""
+def new_cell(
+    kind: type[Cell], value: Any, metadata: Metadata = _NO_METADATA, *, owned: bool = False, frozen: bool = False
+) -> Any:
+    """Make a Cell without running a user's constructor; a frozen one belongs to no trace and refuses writes."""
     cell = object.__new__(kind)
     set_metadata(cell, metadata)
     set_owned(cell, owned)
@@ -183,7 +191,7 @@ _EDITABLE = frozenset({np.ndarray, list, dict, tuple})
 
 
 def unshared(value: Any) -> Any:
-    """A value that no edit in place can reach from where it came: a State is no view of a Module, nor a Module of a State."""
+    """A value that no edit in place can reach from where it came: a State is no view of a Module."""
     if type(value) not in _EDITABLE:
         return value
     return jax.tree.map(lambda leaf: leaf.copy() if type(leaf) is np.ndarray and leaf.flags.writeable else leaf, value)
@@ -202,14 +210,14 @@ def write_cell(cell: Cell, value: Any) -> None:
 
 
 def check_cell_trace(cell: Cell, what: str, origin: str = "") -> None:
-    """Raise unless `cell` may be written here and now; `what` names it in the error, `origin` is where its Module was made."""
+    """Raise unless `cell` may be written here; `what` names it in the error, `origin` is where it was made."""
     trace = current_trace()
     if cell._trace is trace:
         return
     if cell._trace is None:
         raise VariableError(
-            f"cannot write `{what}`: this {type(cell).__name__} came out of a State or a pytree, so the write would be lost. "
-            "Write to the Module's attribute, or build a new Variable with `variable.replace(value)`."
+            f"cannot write `{what}`: this {type(cell).__name__} came out of a State or a pytree, so the write would be "
+            "lost. Write to the Module's attribute, or build a new Variable with `variable.replace(value)`."
         )
     raise TraceContextError(trace_error(what, cell._trace, trace, "write", origin))
 
@@ -220,7 +228,8 @@ def trace_error(what: str, made: TraceRef, used: TraceRef, verb: str, origin: st
         f"cannot {verb} `{what}` here, since it belongs to another JAX trace.\n"
         f"  made{' at ' + origin if origin else ''} in {describe_trace(made)}\n"
         f"  used at {calling_line()} in {describe_trace(used)}\n"
-        "A change made here would leak a tracer or be lost when the trace ends. Pass the object as an argument through a lifted "
+        "A change made here would leak a tracer or be lost when the trace ends. Pass the object as an argument "
+        "through a lifted "
         "transform (nnx.jit, nnx.grad, ...), which carries changes out; or use the functional API: "
         "`state, moduledef = module.partition()` outside, `moduledef.merge(state)` inside, and return the new state."
     )
@@ -292,7 +301,8 @@ class _Held(Cell, Generic[A]):
             object.__setattr__(self, name, value)
         elif name in self._metadata or name == "sharding":
             raise AttributeError(
-                f"metadata `{name}` of a {type(self).__name__} is read-only; make a new one with `variable.replace({name}=...)`"
+                f"metadata `{name}` of a {type(self).__name__} is read-only; make a new one with "
+                f"`variable.replace({name}=...)`"
             )
         else:
             raise AttributeError(
@@ -338,13 +348,15 @@ class _Held(Cell, Generic[A]):
 def _give_attribute(name: str) -> None:
     """Let `variable.name` read the metadata of that name.
 
-    By a property, and not by `__getattr__`: a class with `__getattr__` reads all its attributes more slowly, `_value` among them,
-    which every call of a compiled function reads once for every Variable.
+    By a property, and not by `__getattr__`: a class with `__getattr__` reads all its attributes more slowly, `_value`
+    among them, which every call of a compiled function reads once for every Variable.
     """
     if name in _readable:
         return
     if hasattr(_Held, name):
-        raise VariableError(f"metadata cannot have the name {name!r}, which is an attribute of every Variable: choose another name")
+        raise VariableError(
+            f"metadata cannot have the name {name!r}, which is an attribute of every Variable: choose another name"
+        )
     _readable.add(name)
 
     def read(variable: Cell) -> Any:
@@ -498,7 +510,11 @@ def collection_type(collection: str) -> type[Variable[Any]]:
         if not isinstance(collection, str) or not re.fullmatch(r"[A-Za-z_]\w*", collection):
             raise VariableError(f"a collection's name must be an identifier, got {collection!r}")
         name = "".join(part.capitalize() for part in collection.split("_")) or "Variable"
-        found = type(name, (Variable,), {"collection": collection, "_from_name": True, "__module__": __name__, "__doc__": f"`{collection}`"})
+        found = type(
+            name,
+            (Variable,),
+            {"collection": collection, "_from_name": True, "__module__": __name__, "__doc__": f"`{collection}`"},
+        )
     return found
 
 

@@ -22,7 +22,7 @@ __all__ = ["grad", "value_and_grad"]
 
 
 class _Selected:
-    """The cells of one Module that are differentiated: the Schema of the gradient, and each cell's place in the call."""
+    """The cells of one Module that are differentiated: the gradient's Schema, and each cell's place in the call."""
 
     __slots__ = ("places", "schema")
 
@@ -41,8 +41,9 @@ def _check_dtypes(root: Object, schema: Schema, values: Sequence[Any]) -> None:
             dtype = jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise VariableError(
-                    f"cannot differentiate with respect to `{path_text(path)}` ({kind.__name__}) of the {type(root).__name__}: its dtype "
-                    f"is {dtype}. Keep it in another Variable type than the one that is differentiated, or narrow the filter `wrt`"
+                    f"cannot differentiate with respect to `{path_text(path)}` ({kind.__name__}) of the "
+                    f"{type(root).__name__}: its dtype is {dtype}. Keep it in another Variable type than the one that "
+                    "is differentiated, or narrow the filter `wrt`"
                 )
 
 
@@ -66,16 +67,17 @@ def value_and_grad(
 
     Args:
         f: a function of Modules, Contexts and arrays that returns a scalar, or `(scalar, aux)`.
-        argnums: which arguments to differentiate by. A Module among them gives a State of the gradients of the Variables that `wrt`
-            selects, with the paths of `module.filter(wrt)`; any other argument gives its gradient as with `jax.grad`.
+        argnums: which arguments to differentiate by. A Module among them gives a State of the gradients of the
+            Variables that `wrt` selects, with the paths of `module.filter(wrt)`; any other argument gives its
+            gradient as with `jax.grad`.
         wrt: a filter.
         has_aux: whether `f` returns `(scalar, aux)`.
         holomorphic: as for `jax.grad`.
         allow_int: as for `jax.grad`.
 
     Returns:
-        A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)`; `gradient` is a tuple if
-        `argnums` is one.
+        A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)`; `gradient`
+        is a tuple if `argnums` is one.
 
     Raises:
         VariableError: on call, if a Variable to differentiate by is not of floating point.
@@ -103,7 +105,9 @@ def value_and_grad(
         wanted = [n if n >= 0 else n + len(args) for n in numbers]
         for n, given in zip(wanted, numbers, strict=True):
             if not 0 <= n < len(args):
-                raise ValueError(f"argnums names argument {given}, but the function was called with {len(args)} positional arguments")
+                raise ValueError(
+                    f"argnums names argument {given}, but the function was called with {len(args)} positional arguments"
+                )
         frame = Frame().begin()
         packed, packed_kwargs = pack(list(args), frame), {name: pack(kwargs[name], frame) for name in sorted(kwargs)}
         where = _places(frame)
@@ -115,10 +119,16 @@ def value_and_grad(
             )
             for n in wanted
         }
-        chosen = {n: [s for s in jax.tree.leaves(tree, is_leaf=_is_selected) if _is_selected(s)] for n, tree in selected.items()}
+        chosen = {
+            n: [s for s in jax.tree.leaves(tree, is_leaf=_is_selected) if _is_selected(s)]
+            for n, tree in selected.items()
+        }
         places = list(dict.fromkeys(place for group in chosen.values() for s in group for place in s.places))
         values = [frame.layouts[k].cells[i]._value for k, i in places]
-        bare = {n: jax.tree.map(lambda leaf: None if type(leaf) is Packed else leaf, packed[n], is_leaf=_is_packed) for n in wanted}
+        bare = {
+            n: jax.tree.map(lambda leaf: None if type(leaf) is Packed else leaf, packed[n], is_leaf=_is_packed)
+            for n in wanted
+        }
 
         def inner(values: Any, bare: Any) -> Any:
             replaced: dict[int, dict[int, Any]] = {}
@@ -141,7 +151,11 @@ def value_and_grad(
                 leaves, tree = jax.tree.flatten(arg, is_leaf=_is_packed)
                 if n in wanted:
                     others = iter(jax.tree.leaves(bare[n]))
-                    built.append(jax.tree.unflatten(tree, [one(leaf, None) if type(leaf) is Packed else next(others) for leaf in leaves]))
+                    built.append(
+                        jax.tree.unflatten(
+                            tree, [one(leaf, None) if type(leaf) is Packed else next(others) for leaf in leaves]
+                        )
+                    )
                 else:
                     built.append(jax.tree.unflatten(tree, [one(leaf, leaf) for leaf in leaves]))
             named = {}
@@ -224,7 +238,13 @@ def grad(
         >>> float(nnx.grad(lambda m: m.w**2)(Scale())["w"].value)
         6.0
     """
-    options: dict[str, Any] = {"argnums": argnums, "wrt": wrt, "has_aux": has_aux, "holomorphic": holomorphic, "allow_int": allow_int}
+    options: dict[str, Any] = {
+        "argnums": argnums,
+        "wrt": wrt,
+        "has_aux": has_aux,
+        "holomorphic": holomorphic,
+        "allow_int": allow_int,
+    }
     if f is None:
         return functools.partial(grad, **options)
     both = value_and_grad(f, **options)

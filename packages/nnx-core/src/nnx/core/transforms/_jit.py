@@ -42,8 +42,8 @@ def _traced(
 ) -> Callable[..., Any]:
     """The function that JAX traces for a function of Modules: one for each function and donation.
 
-    It is kept on the function itself, so that wrapping a function again finds what was compiled for it, and so that nothing
-    outlives the function.
+    It is kept on the function itself, so that wrapping a function again finds what was compiled for it, and so that
+    nothing outlives the function.
     """
     held = function.__dict__.setdefault(_TRACED, {}) if isinstance(function, types.FunctionType) else {}
     found = held.get((donated, donated_names, max_traces))
@@ -228,7 +228,7 @@ class Lowered:
 
 
 class Compiled:
-    """A compiled function of Modules; call it as the function itself, with arguments of the same structure and shapes."""
+    """A compiled function of Modules; call it with arguments of the same structure and shapes."""
 
     def __init__(self, wrapped: JitWrapped[..., Any], compiled: Any) -> None:
         self._wrapped = wrapped
@@ -263,7 +263,7 @@ def _named_and_numbered(target: Any, numbers: Any, names: Any) -> tuple[tuple[in
 
 
 def _separate(wrapped: JitWrapped[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Give each cell of the donated Modules an array of its own: a buffer can be donated but once, and not if it is used beside."""
+    """Give each cell of the donated Modules an array of its own, since a buffer can be donated but once."""
     donated: list[Any] = []
     others: list[Any] = []
     for i, arg in enumerate(args):
@@ -343,9 +343,9 @@ def jit(
 ) -> Any:
     """Compile a function that takes and returns Modules and Contexts, anywhere in its arguments and output.
 
-    Changes that the function makes to its arguments come out: new values, and new, removed or changed attributes. References
-    shared between arguments stay shared, and an argument that is returned is the same object. If the function raises, every
-    Module is as it was. Only values that change are outputs of the compiled function.
+    Changes that the function makes to its arguments come out: new values, and new, removed or changed attributes.
+    References shared between arguments stay shared, and an argument that is returned is the same object. If the
+    function raises, every Module is as it was. Only values that change are outputs of the compiled function.
 
     Args:
         f: the function; a Module or a bound method of one is lifted together with that Module. Without it, a decorator.

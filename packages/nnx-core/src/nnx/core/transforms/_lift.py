@@ -1,4 +1,4 @@
-"""The one mechanism behind every lifted transform: Modules in, rebuilt inside the trace, and out again only what changed."""
+"""The one mechanism behind every lifted transform: Modules go in whole, and only what changed comes out."""
 
 from __future__ import annotations
 
@@ -40,11 +40,9 @@ class Frame:
     """One call: the roots, in the order in which JAX meets them while it flattens the arguments, and their layouts.
 
     A Frame also stands for the first argument of the call. JAX flattens the arguments more than once when it has to
-    compile;
-    each time it meets the Frame first, which then begins anew, so it always holds the roots of the last time, each
-    once. If
-    the argument is a Module, the Frame flattens in its place, so that the usual call pays for one Python callback, not
-    two.
+    compile; each time it meets the Frame first, which then begins anew, so it always holds the roots of the last
+    time, each once. If the argument is a Module, the Frame flattens in its place, so that the usual call pays for one
+    Python callback, not two.
     """
 
     __slots__ = ("argument", "layouts", "roots")
@@ -75,7 +73,7 @@ class _Local(threading.local):
 _local = _Local()
 
 
-class lifting:
+class lifting:  # noqa: N801 - read as a function
     """While it is entered, Modules can be flattened, and the frame collects them. Each thread has its own."""
 
     __slots__ = ("frame", "outer")
@@ -93,7 +91,7 @@ class lifting:
 
 
 class Packed:
-    """What a traced function finds in a Module's place: the definition and the values, to be built together with the others."""
+    """What a traced function finds in a Module's place: the definition and the values, still to be built."""
 
     __slots__ = ("moduledef", "values")
 
@@ -103,7 +101,7 @@ class Packed:
 
 
 def _shell(kind: type[Object], moduledef: ModuleDef[Any], children: Sequence[Any]) -> Object:
-    """Unflatten: an empty instance that carries a Packed, so that JAX finds the same treedef when it flattens it again."""
+    """Unflatten: an empty instance that carries a Packed, so that flattening it again gives the same treedef."""
     instance = object.__new__(kind)
     set_layout(instance, Packed(moduledef, children[0]))
     return instance
@@ -147,20 +145,18 @@ def _not_a_pytree(root: Object) -> str:
     if isinstance(root, Context):
         return (
             "a Context is not a pytree, so raw JAX transforms and tree functions cannot take it: pass it through a "
-            "lifted transform "
-            "(nnx.jit, nnx.grad, ...), or split it: `state, contextdef = ctx.partition()` outside, "
+            "lifted transform (nnx.jit, nnx.grad, ...), or split it: `state, contextdef = ctx.partition()` outside, "
             "`contextdef.merge(state)` inside"
         )
     return (
-        f"a {name} is an nnx.Module and not a pytree, so raw JAX transforms and tree functions cannot take it. Pass "
-        "it through a lifted "
-        f"transform (nnx.jit, nnx.grad, ...), or partition it: `state, moduledef = module.partition()` outside, "
-        "`module = moduledef.merge(state)` inside"
+        f"a {name} is an nnx.Module and not a pytree, so raw JAX transforms and tree functions cannot take it. Pass it "
+        "through a lifted transform (nnx.jit, nnx.grad, ...), or partition it: `state, moduledef = "
+        "module.partition()` outside, `module = moduledef.merge(state)` inside"
     )
 
 
 def register(kind: type[Object]) -> None:
-    """Register a Module class with JAX, so that lifted transforms can flatten its instances and all else gets our error."""
+    """Register a Module class with JAX: lifted transforms can flatten its instances, all else gets our error."""
     jax.tree_util.register_pytree_with_keys(kind, _flatten_with_keys, functools.partial(_shell, kind), _flatten)
 
 
@@ -179,7 +175,7 @@ def first_argument(argument: Any) -> Any:
 
 
 def is_untouched(argument: Any) -> bool:
-    """Whether an argument is a Frame that JAX has not flattened, since `jax.disable_jit` calls the function as it is."""
+    """Whether an argument is a Frame that JAX has not flattened: `jax.disable_jit` calls the function as it is."""
     return type(argument) is Frame and type(argument.argument) is not _First
 
 
@@ -216,9 +212,9 @@ def is_object(value: Any) -> bool:
 
 
 class Outcome(NamedTuple):
-    """What a trace learned, as static data: it travels in the output's treedef, since JAX keeps several traces of one
-    function.
+    """What a trace learned, as static data.
 
+    It travels in the output's treedef and never on the side, since JAX keeps several traces of one function.
     Where the structure stands, `writes` and `draws` say all. Where it changed, `post` describes the whole graph
     afterwards.
 
@@ -271,7 +267,7 @@ jax.tree_util.register_pytree_node(_HoleNode, lambda node: ((), node.hole), lamb
 
 
 class Inputs:
-    """The Modules that a traced function was given, built from what came in, with what it takes to tell what changed."""
+    """The Modules that a traced function was given, and what it takes to tell what changed in them."""
 
     __slots__ = ("before", "cells", "donated", "objects", "pre", "roots", "spans")
 
@@ -299,8 +295,8 @@ class Inputs:
             if isinstance(leaf, Object):
                 raise AttributeKindError(
                     f"a {type(leaf).__name__} cannot be a static argument: its arrays would be constants of the "
-                    "compiled code, and its "
-                    "changes would go unseen. Leave it out of static_argnums and static_argnames"
+                    "compiled code, and its changes would go unseen. Leave it out of static_argnums and "
+                    "static_argnames"
                 )
             return leaf
         packed = packed_of(leaf)
@@ -417,8 +413,7 @@ class Inputs:
                 path = path_text(definition.schema.paths[position]) if position < len(definition.schema) else "?"
                 raise VariableError(
                     f"`{path}` was given a {type(leaf).__name__} inside of a transform: what comes out of a compiled "
-                    "function must be "
-                    "arrays or numbers. Keep other values in plain attributes"
+                    "function must be arrays or numbers. Keep other values in plain attributes"
                 )
         return value
 
