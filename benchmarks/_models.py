@@ -16,6 +16,7 @@ FEATURES = 8
 """The width of a block of the dispatch benchmark: small, so that the time is the call's and not the arithmetic's."""
 
 RawLayer = tuple[jax.Array, jax.Array]
+"""Bias and kernel: in the order of a State, as the order of the arguments moves XLA's temporaries by some bytes."""
 RawModel = Callable[[list[RawLayer], jax.Array], jax.Array]
 
 
@@ -70,7 +71,7 @@ class RematMLP(MLP):
 
 def raw_mlp(layers: list[RawLayer], x: jax.Array) -> jax.Array:
     """`MLP` by hand."""
-    for kernel, bias in layers:
+    for bias, kernel in layers:
         x = jax.nn.relu(x @ kernel + bias)
     return x
 
@@ -80,7 +81,7 @@ def raw_remat_mlp(layers: list[RawLayer], x: jax.Array) -> jax.Array:
 
     @jax.checkpoint
     def apply(layer: RawLayer, x: jax.Array) -> jax.Array:
-        kernel, bias = layer
+        bias, kernel = layer
         return jax.nn.relu(x @ kernel + bias)
 
     for layer in layers:
@@ -91,7 +92,7 @@ def raw_remat_mlp(layers: list[RawLayer], x: jax.Array) -> jax.Array:
 def raw_layers(depth: int, width: int) -> list[RawLayer]:
     """The arrays of an MLP, layer by layer."""
     model = MLP(depth, width, ctx=nnx.context(0))
-    return [(jnp.copy(layer.kernel), jnp.copy(layer.bias)) for layer in model.layers]
+    return [(jnp.copy(layer.bias), jnp.copy(layer.kernel)) for layer in model.layers]
 
 
 def data(width: int, batch: int = BATCH) -> tuple[jax.Array, jax.Array]:
