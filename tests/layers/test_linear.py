@@ -1,5 +1,7 @@
 """Linear, LinearGeneral and MLP against NumPy."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +123,15 @@ def test_mlp(rng, both):
         expected = expected @ np.asarray(layer.kernel) + np.asarray(layer.bias)
         expected = np.tanh(expected) if i < 2 else expected
     np.testing.assert_allclose(model(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mlp_activation_by_name():
+    x = jnp.linspace(-1, 1, 6).reshape(2, 3)
+    named, function = (nnx.MLP(3, 5, 2, activation=activation, ctx=nnx.context(0)) for activation in ("gelu", nnx.gelu))
+    np.testing.assert_array_equal(named(x), function(x))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(named))(x), named(x))
+    with pytest.raises(ValueError, match="nnx has no activation 'rellu'"):
+        nnx.MLP(3, 5, 2, activation="rellu", ctx=nnx.context(0))
 
 
 def test_mlp_without_hidden_layers_is_linear():

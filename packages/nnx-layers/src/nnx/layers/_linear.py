@@ -13,6 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from nnx.core import Context, Module, Param, ShapeError
+from nnx.layers import _activations
 from nnx.layers._common import (
     Axes,
     PrecisionLike,
@@ -227,7 +228,7 @@ class MLP(Module):
         hidden_features: int | Sequence[int],
         out_features: int,
         *,
-        activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+        activation: str | Callable[[jax.Array], jax.Array] = "relu",
         dropout_rate: float = 0.0,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
@@ -243,7 +244,8 @@ class MLP(Module):
             in_features: size of the last axis of the inputs.
             hidden_features: sizes of the hidden layers, first to last; an empty sequence makes one Linear.
             out_features: size of the last axis of the outputs.
-            activation: a function of an array, applied after each hidden layer.
+            activation: applied after each hidden layer: the name of an activation of nnx, or a function of an array.
+                JAX's own functions do not pickle, nor does a model made with `jax.nn.relu`; with "relu" it does.
             dropout_rate: the probability of dropping a hidden unit; 0 makes no dropout layer.
             use_bias: whether the layers have a bias.
             dtype: dtype to compute in; `None` takes the common type of inputs and parameters.
@@ -252,7 +254,12 @@ class MLP(Module):
             kernel_init: initializer of the kernels.
             bias_init: initializer of the biases.
             ctx: gives the keys, from its stream "params".
+
+        Raises:
+            ValueError: there is no activation of that name.
         """
+        if isinstance(activation, str) and activation not in _activations.__all__:
+            raise ValueError(f"MLP: nnx has no activation {activation!r}; give the name of one, or a function")
         sizes = (in_features, *as_tuple(hidden_features), out_features)
         self.layers = [
             Linear(
@@ -288,9 +295,10 @@ class MLP(Module):
             ContextError: there is dropout, and `deterministic` is set nowhere or there is no random stream.
             ShapeError: the last axis of `inputs` is not `in_features`.
         """
+        activation = getattr(_activations, self.activation) if isinstance(self.activation, str) else self.activation
         x = inputs
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
+            x = activation(layer(x))
             if self.dropout is not None:
                 x = self.dropout(x, deterministic=deterministic, ctx=ctx)
         return self.layers[-1](x)
