@@ -594,3 +594,13 @@ def test_a_stream_that_has_nearly_wrapped_goes_on():
     f = nnx.jit(lambda ctx: (ctx.make_rng("a"), ctx.make_rng("a")))
     eager = nnx.Context({"a": nnx.RngStream(3, count=2**32 - 1)})
     assert [data(key) for key in f(ctx)] == draws(eager, "a", 2)
+
+
+def test_update_state_takes_over_keys_and_counts():
+    ctx, other = nnx.context(0, dropout=1), nnx.context(5, dropout=6)
+    ctx.make_rng("dropout")
+    other.update_state(ctx.partition()[0])
+    expected = jax.random.key_data(ctx.make_rng("dropout"))
+    np.testing.assert_array_equal(jax.random.key_data(other.make_rng("dropout")), expected)
+    with pytest.raises(nnx.ContextError, match="holds the streams"):
+        nnx.context(noise=1).update_state(ctx.partition()[0])

@@ -17,8 +17,9 @@ from nnx.core._errors import ContextError
 from nnx.core._graph import ModuleDef
 from nnx.core._layout import layout_of, state_of
 from nnx.core._object import Object, check_object_trace, set_origin
-from nnx.core._state import State, check_part
+from nnx.core._state import State, check_part, path_text
 from nnx.core._tracing import current_trace
+from nnx.core._update import update_values
 from nnx.core._variable import Cell, Metadata, check_cell_trace, set_metadata, set_owned, set_trace
 
 __all__ = ["Context", "ContextDef", "RngStream", "context"]
@@ -273,6 +274,21 @@ class Context(Object):
     def merge(self, *states: State) -> Context:
         """Make a Context with these flags and the streams of `states`."""
         return self.partition()[1].merge(*states)
+
+    def update_state(self, state: State) -> None:
+        """Take over the keys and counts of a State that `partition` gave, in place.
+
+        Raises:
+            ContextError: the State is of other streams than these.
+            TraceContextError: the Context was made in another trace.
+        """
+        own = {(name,) for name in self._nnx_cells}
+        if set(state.paths) != own:
+            raise ContextError(
+                f"the State holds the streams {sorted(path_text(path) for path in state.paths)}, this Context "
+                f"{sorted(self._nnx_cells)}"
+            )
+        update_values(self, [state])
 
     def __copy__(self) -> Context:
         return Context({name: _copy_stream(stream) for name, stream in self._nnx_cells.items()}, flags=self.flags)

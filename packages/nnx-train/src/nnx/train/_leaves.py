@@ -96,18 +96,10 @@ class Flat:
         stream = iter(values)
         built = [builder(stream) for builder in self._builders]
         for i, root in enumerate(self._roots):
-            if isinstance(root, Module):
+            if isinstance(root, Module) or isinstance(root, Context):
                 root.update_state(built[i])
                 built[i] = root
-            elif isinstance(root, Context):
-                _update_context(root, built[i])
-                built[i] = root
         return jax.tree.unflatten(self._treedef, built)
-
-
-def _update_context(context: Context, state: State) -> None:
-    for path, value in zip(state.paths, state.raw_values, strict=True):
-        context.rngs[path[0]]._value = value
 
 
 def _is_ours(value: object) -> bool:
