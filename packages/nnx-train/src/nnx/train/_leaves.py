@@ -96,7 +96,7 @@ class Flat:
         stream = iter(values)
         built = [builder(stream) for builder in self._builders]
         for i, root in enumerate(self._roots):
-            if isinstance(root, Module) or isinstance(root, Context):
+            if isinstance(root, (Module, Context)):
                 root.update_state(built[i])
                 built[i] = root
         return jax.tree.unflatten(self._treedef, built)
