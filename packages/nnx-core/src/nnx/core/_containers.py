@@ -37,8 +37,8 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
     # another number in its path.
 
     def __init__(self, items: Iterable[A] = (), /) -> None:
-        for item in items:
-            self.append(item)
+        for i, item in enumerate(items):  # not by `append`, which looks for the last item each time
+            _assign(self, str(i), item)
 
     def _nnx_items(self) -> list[str]:
         return sorted([name for name in (*self.__dict__, *self._nnx_cells) if name.isdecimal()], key=int)
