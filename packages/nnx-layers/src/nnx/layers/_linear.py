@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 
 from nnx.core import Context, Module, Param, ShapeError
@@ -24,6 +23,7 @@ from nnx.layers._common import (
     default_kernel_init,
     make_param,
     normalize_axes,
+    project,
 )
 from nnx.layers._dropout import Dropout
 from nnx.layers._dtypes import promote_dtype
@@ -100,8 +100,7 @@ class Linear(Module):
         """
         check_features(self, "inputs", inputs, self.in_features, f"in_features={self.in_features}")
         x, kernel, bias = promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
-        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
-        return add_bias(y, bias)
+        return add_bias(project(x, kernel, precision=self.precision), bias)
 
 
 class LinearGeneral(Module):
@@ -195,7 +194,7 @@ class LinearGeneral(Module):
                 f" (in_features), got {tuple(inputs.shape)}"
             )
         x, kernel, bias = promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
-        y = lax.dot_general(x, kernel, ((axes, tuple(range(len(axes)))), ((), ())), precision=self.precision)
+        y = project(x, kernel, axes=axes, precision=self.precision)
         return add_bias(y, bias)
 
 
