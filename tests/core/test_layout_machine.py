@@ -235,7 +235,7 @@ class Edits(RuleBasedStateMachine):
             assert len(layout.cells) == len(fresh.cells)
             assert all(held is found for held, found in zip(layout.cells, fresh.cells, strict=True))
         first, second = self.roots
-        joint = layout_after(second, [(first, layout_of(first))])
+        joint = layout_after(second, [first], [layout_of(first)])
         _, graph = walk_in_turn(self.roots)
         assert joint.moduledef is graph.moduledef
         assert all(held is found for held, found in zip(joint.cells, graph.cells, strict=True))

@@ -40,7 +40,7 @@ class Layout:
         self.cells: list[Cell] = graph.cells
         self.statics: list[tuple[Any, Hashable, bool]] = graph.statics
         self.token = object()
-        self.after: dict[tuple[object, ...], Layout | None] = {}
+        self.after: dict[object, Layout | None] = {}
         self.root: weakref.ref[Object] | None = weakref.ref(graph.objects[0]) if graph.objects else None
         traces = {cell._trace for cell in graph.cells}
         # The one trace that all cells belong to lets a call check them all at once; cells of several are checked one
@@ -64,26 +64,32 @@ def layout_of(root: Object) -> Layout:
     return layout
 
 
-def layout_after(root: Object, earlier: Sequence[tuple[Object, Layout]]) -> Layout:
+def layout_after(root: Object, roots: Sequence[Object], layouts: Sequence[Layout]) -> Layout:
     """The layout of `root` where other roots came before it: what these hold already is referred to, not repeated.
 
     Args:
         root: the root.
-        earlier: the roots before it with their layouts, in turn.
+        roots: the roots before it.
+        layouts: their layouts, in turn.
     """
-    roots = [*[item for item, _ in earlier], root]
     try:
         own = layout_of(root)
     except StaticError:
         # Alone it is not whole, as when it keeps a bound method of a root before it.
-        return Layout(walk_in_turn(roots)[-1])
-    key = tuple([layout.token for _, layout in earlier])
-    if key not in own.after:
-        graph = walk_in_turn(roots)[-1]
+        return Layout(walk_in_turn([*roots, root])[-1])
+    # A token alone for the usual pair of a model and its optimizer: this is on the path of every call.
+    key = layouts[0].token if len(layouts) == 1 else tuple([layout.token for layout in layouts])
+    found = own.after.get(key, _UNKNOWN)
+    if found is _UNKNOWN:
+        graph = walk_in_turn([*roots, root])[-1]
+        found = None if graph.moduledef is own.moduledef else Layout(graph)
         if len(own.after) >= 8:
             own.after.clear()
-        own.after[key] = None if graph.moduledef is own.moduledef else Layout(graph)
-    return own.after[key] or own
+        own.after[key] = found
+    return own if found is None else found
+
+
+_UNKNOWN: Any = object()
 
 
 def walk_in_turn(roots: Sequence[Object]) -> list[Graph]:

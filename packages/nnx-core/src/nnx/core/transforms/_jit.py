@@ -264,6 +264,17 @@ def _named_and_numbered(target: Any, numbers: Any, names: Any) -> tuple[tuple[in
 
 def _separate(wrapped: JitWrapped[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Give each cell of the donated Modules an array of its own, since a buffer can be donated but once."""
+    every: list[Any] = []
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, Object):
+            every += [cell._value for cell in layout_of(arg).cells]
+        elif isinstance(arg, jax.Array):
+            every.append(arg)
+        else:
+            cells, bare = _cells_and_leaves(arg)
+            every += [cell._value for cell in cells] + bare
+    if len(set(map(id, every))) == len(every):
+        return  # as it is nearly always: no array is in two places
     donated: list[Any] = []
     others: list[Any] = []
     for i, arg in enumerate(args):
@@ -272,9 +283,6 @@ def _separate(wrapped: JitWrapped[..., Any], args: Sequence[Any], kwargs: dict[s
         (donated if name in wrapped._donated_names else others).append(arg)
     cells, bare = _cells_and_leaves(others)
     own_cells, own_bare = _cells_and_leaves(donated)
-    every = [cell._value for cell in {*cells, *own_cells}] + bare + own_bare
-    if len(set(map(id, every))) == len(every):
-        return  # as it is nearly always: no array is in two places
     used = {id(value) for value in [*(cell._value for cell in cells), *bare, *own_bare]}
     beside = set(cells)
     for cell in dict.fromkeys(own_cells):

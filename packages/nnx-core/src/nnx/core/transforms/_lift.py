@@ -60,7 +60,7 @@ class Frame:
 
     def enter(self, root: Object) -> Layout:
         """Add a root."""
-        layout = layout_after(root, list(zip(self.roots, self.layouts, strict=True))) if self.roots else layout_of(root)
+        layout = layout_after(root, self.roots, self.layouts) if self.roots else layout_of(root)
         self.roots.append(root)
         self.layouts.append(layout)
         return layout
