@@ -1,4 +1,4 @@
-"""The code that the READMEs show runs as written."""
+"""The code that the READMEs and the documentation show runs as written."""
 
 import re
 from pathlib import Path
@@ -8,10 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md"))]
+PAGES = [*READMES, *sorted(ROOT.glob("docs/**/*.md"))]
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("readme", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_code_blocks_run(readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     namespace = {"__name__": "readme"}
