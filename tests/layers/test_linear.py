@@ -170,3 +170,9 @@ def test_a_model_built_twice_compiles_once():
     for seed in range(3):
         run(nnx.MLP(3, (5,), 2, ctx=nnx.context(seed)), jnp.ones((2, 3)))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("ctx", [0, None, jax.random.key(0)])
+def test_ctx_must_be_a_context(ctx):
+    with pytest.raises(nnx.ContextError, match=r"`ctx` is a Context, such as nnx.context\(0\), got"):
+        nnx.Linear(2, 3, ctx=ctx)

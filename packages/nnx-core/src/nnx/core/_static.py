@@ -87,7 +87,7 @@ class _Walker:
         if kind is complex:
             return (complex, struct.pack("dd", value.real, value.imag))
         if isinstance(value, self.forbidden):
-            raise StaticProblem(f"a {kind.__name__} ({type(value).__mro__[-2].__name__})", where)
+            raise StaticProblem(f"a {kind.__name__}", where)
         if isinstance(value, jax.Array):
             raise StaticProblem(f"a JAX array {_array_text(value)}", where)
         if isinstance(value, np.ndarray):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import sys
 import types
 import weakref
@@ -52,17 +51,15 @@ _TRACE_NAMES = {
     "ShardMapTrace": "the body of jax.shard_map",
 }
 
-_OWN_FILES = str(pathlib.Path(__file__).resolve().parent)
-_JAX_FILES = str(pathlib.Path(jax.__file__).resolve().parent)
+_LIBRARIES = ("nnx.core.", "nnx.layers.", "nnx.train.", "jax.", "jaxlib.")
 
 
 def calling_line() -> str:
     """The line of the user's code that is running: the innermost frame outside of nnx and JAX, as `file:line`."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        filename = frame.f_code.co_filename
-        if not filename.startswith((_OWN_FILES, _JAX_FILES)):
-            return f"{filename}:{frame.f_lineno}"
+        if not frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown line"
 

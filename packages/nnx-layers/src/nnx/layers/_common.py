@@ -37,6 +37,10 @@ def make_param(ctx: Context, init: Initializer, shape: Sequence[int], dtype: DTy
 
     What the initializer returns goes to Param as it is: it may be a box that carries metadata such as sharding names.
     """
+    if not isinstance(ctx, Context):
+        raise ContextError(
+            f"`ctx` is a Context, such as nnx.context({ctx if isinstance(ctx, int) else 0}), got {ctx!r}"
+        )
     return as_value(Param(init(ctx.make_rng("params"), tuple(shape), dtype)))
 
 
