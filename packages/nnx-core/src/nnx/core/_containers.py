@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from typing import Any, Generic, TypeVar, overload
 
+from nnx.core._assign import assign, class_attribute, container_leaves
 from nnx.core._errors import AttributeKindError, NnxError
-from nnx.core._module import Module, _assign, _class_attribute
+from nnx.core._module import Module
 from nnx.core._object import Object
 from nnx.core._state import natural_key
 
@@ -38,7 +39,7 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
 
     def __init__(self, items: Iterable[A] = (), /) -> None:
         for i, item in enumerate(items):  # not by `append`, which looks for the last item each time
-            _assign(self, str(i), item)
+            assign(self, str(i), item)
 
     def _nnx_items(self) -> list[str]:
         return sorted([name for name in (*self.__dict__, *self._nnx_cells) if name.isdecimal()], key=int)
@@ -112,7 +113,7 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
         for name in self._nnx_items():
             delattr(self, name)
         for i, item in enumerate(raw):
-            _assign(self, str(i), item)
+            assign(self, str(i), item)
 
     def __iter__(self) -> Iterator[A]:
         for name in self._nnx_items():
@@ -205,7 +206,7 @@ class Dict(Module, MutableMapping[str, A], Generic[A]):
         if name in self:
             super().__setattr__(name, value)
             return
-        if name.startswith("_") or _class_attribute(type(self), name) is not None:
+        if name.startswith("_") or class_attribute(type(self), name) is not None:
             raise AttributeKindError(
                 f"an nnx.Dict cannot hold the name {name!r}: it is private, or one of Dict's own methods"
             )
@@ -252,6 +253,4 @@ def to_container(value: Any) -> Module | None:
 
 
 def _holds_modules(value: Any) -> bool:
-    from nnx.core._module import _container_leaves
-
-    return any(isinstance(leaf, Object) for leaf in _container_leaves(value))
+    return any(isinstance(leaf, Object) for leaf in container_leaves(value))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 import jax
 import numpy as np
 
+from nnx.core._assign import CONTAINERS, assign, check_no_modules, class_attribute, missing_attribute
 from nnx.core._errors import AttributeKindError, FilterError, StructureError, VariableError
 from nnx.core._filters import FilterLike, to_filters
-from nnx.core._graph import ModuleDef, _Shadow, build, check_equivalent, merge_states, shadow, walk
+from nnx.core._graph import ModuleDef, build, merge_states, shadow, walk
 from nnx.core._layout import layout_of, state_of
-from nnx.core._nodes import is_data
 from nnx.core._object import (
     Object,
     attribute_name,
@@ -28,7 +27,7 @@ from nnx.core._object import (
 from nnx.core._pure import Pure, caller, states_of
 from nnx.core._repr import module_repr
 from nnx.core._state import Path, State, path_text
-from nnx.core._static import StaticProblem, copy_static, fingerprint, is_plain_scalar
+from nnx.core._static import copy_static
 from nnx.core._tracing import current_trace
 from nnx.core._update import add_entries, remove_cells, update_from_definition, update_values
 from nnx.core._variable import (
@@ -40,7 +39,6 @@ from nnx.core._variable import (
     check_cell_trace,
     collection_type,
     new_cell,
-    set_owned,
     set_value,
 )
 from nnx.core.transforms._lift import register
@@ -121,7 +119,7 @@ class Module(Object):
                 return self._nnx_cells[name]._value
             except KeyError:
                 pass
-            return _missing_attribute(self, name)
+            return missing_attribute(self, name)
 
         def __setattr__(self, name: str, value: Any) -> None:
             cell = self._nnx_cells.get(name)
@@ -133,20 +131,20 @@ class Module(Object):
             ):
                 if cell._trace is not current_trace():
                     check_cell_trace(cell, attribute_name(self, name), origin_of(self))
-                if type(value) in _CONTAINERS:
-                    _check_no_modules(value, self, name)
+                if type(value) in CONTAINERS:
+                    check_no_modules(value, self, name)
                 set_value(cell, value)
             else:
-                _assign(self, name, value)
+                assign(self, name, value)
 
         def __delattr__(self, name: str) -> None:
             held = self.__dict__
-            descriptor = _class_attribute(type(self), name)
+            descriptor = class_attribute(type(self), name)
             if name not in self._nnx_cells and hasattr(type(descriptor), "__delete__"):
                 object.__delattr__(self, name)
                 return
             if name not in self._nnx_cells and name not in held:
-                _missing_attribute(self, name)
+                missing_attribute(self, name)
             check_object_trace(self, name, "delete")
             invalidate(self)
             if name in self._nnx_cells:
@@ -278,7 +276,7 @@ class Module(Object):
             return cell
         if cell is not None or name in self.__dict__:
             raise AttributeError(f"`{attribute_name(self, name)}` is not a Variable")
-        return _missing_attribute(self, name)
+        return missing_attribute(self, name)
 
     def sow(
         self,
@@ -311,7 +309,7 @@ class Module(Object):
         kind = collection_type(collection) if isinstance(collection, str) else collection
         cell = self._nnx_cells.get(name)
         if cell is None:
-            if name in self.__dict__ or _class_attribute(type(self), name) is not None:
+            if name in self.__dict__ or class_attribute(type(self), name) is not None:
                 raise VariableError(
                     f"cannot sow into `{attribute_name(self, name)}`: the name is already an attribute or a method"
                 )
@@ -459,209 +457,3 @@ def _copy_value(value: Any) -> Any:
     if isinstance(value, jax.Array):
         return value
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, value)
-
-
-def _class_attribute(kind: type, name: str) -> Any:
-    """The raw class attribute as the class was written, without running descriptors; None if there is none."""
-    for base in kind.__mro__:
-        if name in base.__dict__:
-            item = base.__dict__[name]
-            return item.default if isinstance(item, _Shadow) else item
-    return None
-
-
-def _missing_attribute(module: Object, name: str) -> Any:
-    """Raise the AttributeError for an attribute that the normal lookup did not find."""
-    descriptor = _class_attribute(type(module), name)
-    if descriptor is not None:
-        # It exists, so its own code raised: run it again for its own error rather than report the property as missing.
-        return object.__getattribute__(module, name)
-    known = [item for item in {*module.__dict__, *module._nnx_cells} if not item.startswith("_")]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean `{close[0]}`?" if close else f" (it has: {', '.join(sorted(known)[:12])})" if known else ""
-    raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=module)
-
-
-def _assign(module: Module, name: str, value: Any) -> None:
-    """The general case of an assignment: the attribute appears, or its kind or structure may change."""
-    descriptor = _class_attribute(type(module), name)
-    if descriptor is not None and hasattr(type(descriptor), "__set__"):
-        object.__setattr__(module, name, value)
-        return
-    cells, plain = module._nnx_cells, module.__dict__
-    existing = cells.get(name)
-    if existing is None and name not in plain:
-        if not name or "/" in name or name.startswith("_nnx_"):
-            raise AttributeKindError(
-                f"{name!r} cannot be an attribute of a Module: names are parts of paths and hold no '/'"
-            )
-        value = _wrap_field(type(module), name, value)
-    if isinstance(value, Cell):
-        _assign_cell(module, name, value, existing)
-        return
-    if isinstance(value, Object):
-        if isinstance(existing, (Variable, Node)):
-            raise AttributeKindError(
-                f"cannot assign a {type(value).__name__} to `{attribute_name(module, name)}`, which is a "
-                f"{type(existing).__name__}: `del module.{name}` first"
-            )
-        if plain.get(name) is not value:
-            _put_plain(module, name, value)
-        return
-    if existing is not None:
-        if isinstance(existing, Static):
-            _put_cell(module, name, Static(value))
-            return
-        if not (is_data(value) or value is None or isinstance(value, (int, float, complex, np.generic))):
-            raise AttributeKindError(
-                f"cannot assign a {type(value).__name__} to `{attribute_name(module, name)}`, which holds an array: an "
-                f"attribute keeps its kind. `del module.{name}` first, or use another name"
-            )
-        check_cell_trace(existing, attribute_name(module, name), origin_of(module))
-        existing._value = value
-        return
-    if is_plain_scalar(value):
-        _assign_static(module, name, value)
-    elif is_data(value):
-        _put_cell(module, name, new_cell(Buffer, value, owned=True))
-    else:
-        converted = _convert(value, module, name)
-        if isinstance(converted, Object):
-            _put_plain(module, name, converted)
-        else:
-            _assign_static(module, name, value)
-
-
-def _assign_cell(module: Module, name: str, value: Any, existing: Cell | None) -> None:
-    if existing is value:
-        return
-    if isinstance(value, (Variable, Node)):
-        _check_no_modules(value._value, module, name)
-    if isinstance(existing, (Variable, Node)) and not isinstance(value, Static):
-        if not existing.is_equivalent(value):  # asked first, as finding the attribute's path for the error takes time
-            check_equivalent(
-                attribute_name(module, name), type(existing), existing._metadata, type(value), value._metadata
-            )
-        if not value._owned:
-            check_cell_trace(existing, attribute_name(module, name), origin_of(module))
-            set_value(existing, value._value)
-            return
-    elif isinstance(existing, (Variable, Node)):
-        raise VariableError(
-            f"`{attribute_name(module, name)}` is a {type(existing).__name__} and cannot become static: `del "
-            f"module.{name}` first"
-        )
-    if value._trace is None:
-        value = new_cell(type(value), value._value, value._metadata)
-    _put_cell(module, name, value)
-
-
-def _put_cell(module: Module, name: str, cell: Cell) -> None:
-    check_object_trace(module, name)
-    invalidate(module)
-    set_owned(cell, True)
-    module.__dict__.pop(name, None)
-    module._nnx_cells[name] = cell
-    shadow(type(module), name)
-
-
-def _put_plain(module: Module, name: str, value: Any) -> None:
-    check_object_trace(module, name)
-    invalidate(module)
-    module._nnx_cells.pop(name, None)
-    module.__dict__[name] = value
-
-
-def _assign_static(module: Module, name: str, value: Any) -> None:
-    plain = module.__dict__
-    if name in plain:
-        old = plain[name]
-        if old is value or (not isinstance(old, Object) and _equal_statics(old, value)):
-            # The structure stands, but not if the new object may later be edited behind the old one's back.
-            if old is not value:
-                check_object_trace(module, name)
-                if not is_plain_scalar(value):
-                    invalidate(module)
-                plain[name] = value
-            return
-    _put_plain(module, name, value)
-
-
-def _equal_statics(old: Any, new: Any) -> bool:
-    try:
-        return fingerprint(old, forbidden=(Object, Cell)).key == fingerprint(new, forbidden=(Object, Cell)).key
-    except StaticProblem:
-        return False
-
-
-_CONTAINERS = frozenset({list, tuple, dict})
-
-
-def _check_no_modules(value: Any, module: Module, name: str) -> None:
-    if isinstance(value, (jax.Array, np.ndarray)) or is_plain_scalar(value):
-        return
-    for leaf in _container_leaves(value):
-        if isinstance(leaf, (Object, Cell)):
-            raise AttributeKindError(
-                f"the value of `{attribute_name(module, name)}` holds a {type(leaf).__name__}: a Variable or Node "
-                "holds arrays. Assign the Module to an attribute of its own, or use nnx.Sequence or nnx.Dict"
-            )
-
-
-def _container_leaves(value: Any) -> list[Any]:
-    """The leaves of a value as a pytree, with Modules and Variables as leaves."""
-    leaves: list[Any] = []
-    stack, seen = [value], set()
-    while stack:
-        item = stack.pop()
-        if type(item) in (list, tuple, dict):
-            if id(item) not in seen:
-                seen.add(id(item))
-                stack.extend(item.values() if type(item) is dict else item)
-        elif is_plain_scalar(item) or isinstance(item, (Object, Cell)):
-            leaves.append(item)
-        else:
-            leaves.extend(jax.tree.leaves(item, is_leaf=lambda leaf: isinstance(leaf, (Object, Cell))))
-    return leaves
-
-
-def _convert(value: Any, module: Module, name: str) -> Any:
-    """Turn a container of Modules into a Sequence or Dict; refuse one that mixes in data; leave other values."""
-    leaves = _container_leaves(value)
-    modules = [leaf for leaf in leaves if isinstance(leaf, Object)]
-    data = [leaf for leaf in leaves if (isinstance(leaf, Cell) and not isinstance(leaf, Static)) or is_data(leaf)]
-    if not modules and not data:
-        return value
-    if modules and not data:
-        from nnx.core._containers import to_container
-
-        converted = to_container(value)
-        if converted is not None:
-            return converted
-    culprit = (data or modules)[0]
-    kind = (
-        "JAX array"
-        if isinstance(culprit, jax.Array)
-        else "NumPy array"
-        if isinstance(culprit, np.ndarray)
-        else type(culprit).__name__
-    )
-    fix = (
-        f"nnx.Sequence(...) or nnx.Dict(...) for Modules and Variables by position or name: `self.{name} = "
-        "nnx.Sequence([...])`"
-        if modules or isinstance(culprit, Cell)
-        else f"nnx.Node to hold the whole pytree as data: `self.{name} = nnx.Node(...)`; nnx.Param to train it; "
-        "nnx.Static for constants"
-    )
-    raise AttributeKindError(
-        f"cannot assign a {type(value).__name__} that holds a {kind} to `{attribute_name(module, name)}`: it would be "
-        f"static, so its changes and gradients would be lost. Use {fix}"
-    )
-
-
-def _wrap_field(kind: type, name: str, value: Any) -> Any:
-    fields = getattr(kind, "__dataclass_fields__", None)
-    if not fields or name not in fields:
-        return value
-    wrap = fields[name].metadata.get("nnx_wrap")
-    return value if wrap is None else wrap(name, value)
