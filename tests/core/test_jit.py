@@ -1074,7 +1074,7 @@ def test_a_module_slipped_into_a_static_list_is_an_error_with_its_path():
     step = nnx.jit(lambda m: m.left.w)
     step(model)
     model.blocks.append(Leaf())
-    with pytest.raises(nnx.StaticError, match=r"the static attribute `blocks` holds a Leaf .* \(at `blocks\[0\]`\)"):
+    with pytest.raises(nnx.StaticError, match=r"the static attribute `blocks` holds a Leaf \(at `blocks\[0\]`\)"):
         step(model)
 
 
