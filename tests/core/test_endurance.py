@@ -54,7 +54,7 @@ def test_ten_thousand_calls_leave_no_growth():
     assert int(model.blocks[0].count) == 10_110
     assert len(gc.get_objects()) - objects < 1_000  # one object a call would be ten times as many
     assert len(jax.live_arrays()) - arrays < 100
-    assert grown < 20_000  # bytes: 2 a call would be as much
+    assert grown < 100_000  # bytes: ten a call, less than the smallest object
     assert step._cache_size() == 1
 
 
