@@ -7,6 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+# It needs flax, torch and equinox, which are in an environment of its own: `hatch run parity` names the folder.
+collect_ignore = ["parity"]
+
 # A silent broadcast between ranks is how a wrong shape stays unseen. Users' own code is not held to it: the tests that
 # run it as written use `with jax.numpy_rank_promotion("allow")`.
 jax.config.update("jax_numpy_rank_promotion", "raise")

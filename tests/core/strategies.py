@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import nnx
-from nnx.core._object import Object
+from nnx.core._object import Object, plain_attributes
 from nnx.core._variable import Cell, Static
 
 _DATA = ("d1", "d2", "d10", "w")
@@ -96,7 +96,7 @@ def build(plan: list[tuple[int, list[Op]]]) -> nnx.Module:
     variables: list[Any] = []
     for module, (_, attributes) in zip(modules, plan, strict=True):
         for kind, name, *rest in attributes:
-            if name in vars(module) or name in module._nnx_cells:
+            if name in plain_attributes(module) or name in module._nnx.cells:
                 continue
             if kind == "data":
                 setattr(module, name, _VARIABLES[rest[0]](np.float32(rest[1])))
@@ -112,7 +112,7 @@ def build(plan: list[tuple[int, list[Op]]]) -> nnx.Module:
                 setattr(module, name, (module if rest[0] else modules[0]).hook)
             else:
                 setattr(module, name, _copied(rest[0]))
-            cell = module._nnx_cells.get(name)
+            cell = module._nnx.cells.get(name)
             if isinstance(cell, (nnx.Variable, nnx.Node)):
                 variables.append(cell)
     return modules[0]
@@ -135,11 +135,13 @@ def parts(root: nnx.Module) -> tuple[list[Any], list[Any]]:
         if any(item is other for other in objects):
             continue
         objects.append(item)
-        for name in sorted(item._nnx_cells):
-            cell = item._nnx_cells[name]
+        for name in sorted(item._nnx.cells):
+            cell = item._nnx.cells[name]
             if not isinstance(cell, Static) and not any(cell is other for other in cells):
                 cells.append(cell)
-        stack += [child for _, child in sorted(vars(item).items(), reverse=True) if isinstance(child, Object)]
+        stack += [
+            child for _, child in sorted(plain_attributes(item).items(), reverse=True) if isinstance(child, Object)
+        ]
     return objects, cells
 
 
@@ -158,7 +160,7 @@ def observe(
     seen: list[Any] = []
     for item in objects:
         attributes: list[Any] = []
-        for name, child in sorted({**vars(item), **item._nnx_cells}.items()):
+        for name, child in sorted({**plain_attributes(item), **item._nnx.cells}.items()):
             if isinstance(child, Object):
                 attributes.append((name, "object", _number(child, objects), _number(child, old_objects)))
             elif isinstance(child, Cell) and not isinstance(child, Static):
@@ -227,7 +229,7 @@ def execute(program: list[Op], root: nnx.Module, x: Any) -> Any:
         item = plain[rest[0] % len(plain)] if rest and plain else root
         if isinstance(item, (nnx.Sequence, nnx.Dict)) and op not in ("append", "shrink", "pop", "update"):
             continue
-        data = sorted(item._nnx_cells)
+        data = sorted(item._nnx.cells)
         if op in ("write", "rewrite", "inside", "retype") and not data:
             continue
         if op == "write":
@@ -236,10 +238,10 @@ def execute(program: list[Op], root: nnx.Module, x: Any) -> Any:
         elif op == "rewrite":
             name = data[rest[1] % len(data)]
             setattr(item, name, getattr(item, name))
-        elif op == "add" and rest[1] not in item._nnx_cells:
+        elif op == "add" and rest[1] not in item._nnx.cells:
             setattr(item, rest[1], _VARIABLES[rest[2]](rest[3] * x))
         elif op == "delete":
-            names = sorted({*vars(item), *item._nnx_cells})
+            names = sorted({*plain_attributes(item), *item._nnx.cells})
             if names:
                 delattr(item, names[rest[1] % len(names)])
         elif op == "retype":
@@ -250,7 +252,7 @@ def execute(program: list[Op], root: nnx.Module, x: Any) -> Any:
         elif op == "static":
             setattr(item, rest[1], _copied(rest[2]))
         elif op == "edit":
-            lists = [name for name in _LISTS if isinstance(vars(item).get(name), list)]
+            lists = [name for name in _LISTS if isinstance(plain_attributes(item).get(name), list)]
             if lists:
                 getattr(item, lists[rest[1] % len(lists)]).append(rest[2])
         elif op == "inside":
@@ -268,7 +270,7 @@ def execute(program: list[Op], root: nnx.Module, x: Any) -> Any:
         elif op == "link":
             setattr(item, rest[1], objects[rest[2] % len(objects)])
         elif op == "swap":
-            names = sorted(name for name, child in vars(item).items() if isinstance(child, Object))
+            names = sorted(name for name, child in plain_attributes(item).items() if isinstance(child, Object))
             if names:
                 first, second = names[rest[1] % len(names)], names[rest[2] % len(names)]
                 one, two = getattr(item, first), getattr(item, second)
@@ -276,7 +278,7 @@ def execute(program: list[Op], root: nnx.Module, x: Any) -> Any:
                 setattr(item, second, one)
         elif op == "tie":
             variables = [cell for cell in cells if isinstance(cell, nnx.Param) and not cell.metadata]
-            if variables and rest[1] not in item._nnx_cells:
+            if variables and rest[1] not in item._nnx.cells:
                 setattr(item, rest[1], variables[rest[2] % len(variables)])
         elif op == "append":
             sequences = [each for each in objects if isinstance(each, nnx.Sequence)]
@@ -290,7 +292,7 @@ def execute(program: list[Op], root: nnx.Module, x: Any) -> Any:
                 sequence = sequences[rest[0] % len(sequences)]
                 del sequence[rest[1] % len(sequence)]
         elif op == "sow":
-            if "y" not in item._nnx_cells or isinstance(item._nnx_cells["y"], nnx.Intermediate):
+            if "y" not in item._nnx.cells or isinstance(item._nnx.cells["y"], nnx.Intermediate):
                 item.sow(nnx.Intermediate, "y", rest[1] * x)
         elif op == "pop":
             root.pop_state(nnx.Intermediate)

@@ -1239,7 +1239,7 @@ def test_lower_by_keyword_and_with_statics():
 
 def test_lower_of_methods_and_modules():
     leaf = Leaf(2.0)
-    assert float(leaf.compiled.lower(1.0).compile()(leaf, 1.0)) == 3.0
+    assert float(leaf.compiled.lower(1.0).compile()(1.0)) == 3.0
     assert float(nnx.jit(leaf).lower(2.0).compile()(2.0)) == 6.0
 
 

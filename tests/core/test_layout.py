@@ -211,17 +211,17 @@ def test_many_modules_leave_nothing_behind(no_gc):
         model = Model()
         model.left = part
         read(model)
-    assert len(part._nnx_layouts) < 40
+    assert len(part._nnx.layouts) < 40
 
 
 def test_a_layout_is_made_once():
     model = Model()
     model.partition()
-    layout = model._nnx_layout
+    layout = model._nnx.layout
     write(model)
     model.left.w = jnp.zeros(3)
     model.partition()
-    assert model._nnx_layout is layout
+    assert model._nnx.layout is layout
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_copies_have_layouts_of_their_own(copied):
     model = Model()
     read(model)
     other = copied(model)
-    assert other._nnx_layout is not model._nnx_layout or other._nnx_layout is None
+    assert other._nnx.layout is not model._nnx.layout or other._nnx.layout is None
     other.left = Leaf()
     other.left.w = jnp.full(3, 5.0)
     assert float(read(other)) == 15.0

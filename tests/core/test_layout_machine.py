@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import nnx
+from nnx.core._context import RngStream
 from nnx.core._graph import walk
-from nnx.core._layout import layout_after, layout_of, walk_in_turn
+from nnx.core._layout import layout_after, layout_of, values_of, walk_in_turn
+from nnx.core._object import plain_attributes
 
 NAMES = st.sampled_from(["a", "b", "c", "w", "items", "2", "10"])
 NUMBERS = st.integers(0, 5)
@@ -61,17 +63,17 @@ class Edits(RuleBasedStateMachine):
         return module
 
     def _cells(self, module: nnx.Module) -> list[str]:
-        return [name for name in module._nnx_cells if not isinstance(module._nnx_cells[name], nnx.Static)]
+        return [name for name in module._nnx.cells if not isinstance(module._nnx.cells[name], nnx.Static)]
 
     def _free(self, module: nnx.Module, name: str) -> None:
         """Make room, since an attribute keeps its kind."""
-        if name in module._nnx_cells or name in vars(module):
+        if name in module._nnx.cells or name in plain_attributes(module):
             delattr(module, name)
 
     @rule(number=NUMBERS, name=NAMES, value=STATICS)
     def assign_static(self, number: int, name: str, value: object) -> None:
         module = self._module(number)
-        if name in module._nnx_cells:
+        if name in module._nnx.cells:
             self._free(module, name)
         setattr(module, name, value)
 
@@ -129,10 +131,10 @@ class Edits(RuleBasedStateMachine):
     @rule(number=NUMBERS, other=NUMBERS, name=NAMES)
     def tie(self, number: int, other: int, name: str) -> None:
         source, module = self._module(other), self._module(number)
-        names = [item for item in self._cells(source) if isinstance(source._nnx_cells[item], (nnx.Variable, nnx.Node))]
+        names = [item for item in self._cells(source) if isinstance(source._nnx.cells[item], (nnx.Variable, nnx.Node))]
         if names:
             cell = source.get_variable(names[0])
-            if name not in module._nnx_cells or module._nnx_cells[name] is not cell:
+            if name not in module._nnx.cells or module._nnx.cells[name] is not cell:
                 self._free(module, name)
             setattr(module, name, cell)
 
@@ -160,7 +162,7 @@ class Edits(RuleBasedStateMachine):
     @rule(number=NUMBERS, name=st.sampled_from(["a", "b"]))
     def edit_dict(self, number: int, name: str) -> None:
         module = self._module(number)
-        blocks = vars(module).get("blocks")
+        blocks = plain_attributes(module).get("blocks")
         if not isinstance(blocks, nnx.Dict):
             self._free(module, "blocks")
             module.blocks = {"first": self._new()}
@@ -206,7 +208,7 @@ class Edits(RuleBasedStateMachine):
             elif what == "swap":
                 self._free(module, "part")
                 module.part = Holder(5.0)
-            elif what == "list" and isinstance(vars(module).get("plain"), list):
+            elif what == "list" and isinstance(plain_attributes(module).get("plain"), list):
                 module.plain.append(9)
 
         nnx.jit(edit)(self._module(number))
@@ -234,6 +236,10 @@ class Edits(RuleBasedStateMachine):
             assert layout.moduledef is fresh.moduledef
             assert len(layout.cells) == len(fresh.cells)
             assert all(held is found for held, found in zip(layout.cells, fresh.cells, strict=True))
+            assert all(
+                held is cell._value or isinstance(cell, RngStream)
+                for held, cell in zip(values_of(layout), fresh.cells, strict=True)
+            )
         first, second = self.roots
         joint = layout_after(second, [first], [layout_of(first)])
         _, graph = walk_in_turn(self.roots)

@@ -1,6 +1,7 @@
 """The known faults of the library that this one follows, each kept out by a test."""
 
 import copy
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -276,3 +277,95 @@ def test_jit_lowers_methods():
     layer = Layer(1.0)
     assert "stablehlo" in layer.step.lower(jnp.float32(2.0)).as_text()
     assert layer.step(2.0) == 3.0
+
+
+def test_a_wrapped_function_does_not_inherit_what_was_compiled_for_the_one_inside():
+    def inner(model):
+        return model.w
+
+    assert nnx.jit(inner)(Leaf(2.0)) == 2.0
+
+    @functools.wraps(inner)
+    def outer(model):
+        return inner(model) + 1
+
+    assert nnx.jit(outer)(Leaf(2.0)) == 3.0
+    assert nnx.jit(inner)(Leaf(2.0)) == 2.0
+
+
+def test_a_stream_set_back_inside_of_jit_is_set_back():
+    ctx = nnx.context(dropout=0)
+    start, _ = ctx.partition()
+    ctx.make_rng("dropout")
+
+    @nnx.jit
+    def reset(ctx, state):
+        ctx.make_rng("dropout")
+        ctx.update_state(state)
+
+    reset(ctx, start)
+    assert ctx.rngs["dropout"].count == 0
+    ctx.make_rng("dropout")
+    nnx.jit(lambda ctx, state: ctx.update_state(state))(ctx, start)
+    assert ctx.rngs["dropout"].count == 0
+
+
+def test_a_module_that_shares_an_array_with_a_donated_one_keeps_it():
+    model, twin = Leaf(1.0), Leaf(1.0)
+    twin.w = model.w
+
+    @functools.partial(nnx.jit, donate_argnums=0)
+    def step(model, other):
+        model.w = model.w + other.w
+
+    step(model, twin)
+    assert (float(model.w), float(twin.w)) == (2.0, 1.0)
+
+
+def test_an_array_that_is_donated_beside_a_module_that_holds_it():
+    model = Leaf(1.0)
+    array = model.w
+
+    @functools.partial(nnx.jit, donate_argnums=1)
+    def step(model, x):
+        model.w = model.w + 1
+        return x * 2
+
+    assert step(model, array) == 2.0
+    assert float(model.w) == 2.0
+
+
+def test_a_compiled_function_is_called_without_its_static_arguments():
+    step = nnx.jit(lambda model, n: model.w * n, static_argnames="n")
+    compiled = step.lower(Leaf(2.0), n=3).compile()
+    assert compiled(Leaf(5.0)) == 15.0
+    bound = nnx.jit(Leaf(2.0)).lower(jnp.float32(3)).compile()
+    assert bound(jnp.float32(4)) == 8.0
+
+
+def test_a_variable_from_outside_cannot_be_tied_inside():
+    other = Leaf(3.0)
+
+    @nnx.jit
+    def step(model):
+        model.tied = other.get_variable("w")
+
+    model = Leaf(1.0)
+    with pytest.raises(nnx.TraceContextError), pytest.warns(nnx.CaptureWarning):
+        step(model)
+    assert not hasattr(model, "tied")
+
+
+def test_a_trace_that_raised_is_not_counted():
+    calls = []
+
+    @functools.partial(nnx.jit, max_traces=1)
+    def step(model, x):
+        calls.append(x)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+        return model.w * x
+
+    with pytest.raises(ZeroDivisionError):
+        step(Leaf(2.0), 3.0)
+    assert step(Leaf(2.0), 3.0) == 6.0

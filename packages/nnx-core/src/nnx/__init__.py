@@ -10,6 +10,7 @@ import pkgutil as _pkgutil
 import typing as _typing
 from importlib.util import find_spec as _find_spec
 
+from nnx import testing as testing
 from nnx.core import *
 from nnx.core.__about__ import __version__ as __version__
 

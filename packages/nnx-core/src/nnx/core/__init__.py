@@ -38,8 +38,18 @@ from nnx.core._variable import (
     var,
     with_metadata,
 )
-from nnx.core.transforms._autodiff import grad, value_and_grad
+from nnx.core.transforms._abstract import checkify, eval_shape, make_jaxpr
+from nnx.core.transforms._autodiff import grad, hessian, jacfwd, jacrev, jvp, value_and_grad, vjp
+from nnx.core.transforms._axes import PARTITION_NAME
+from nnx.core.transforms._branch import cond, switch
+from nnx.core.transforms._custom import custom_vjp
 from nnx.core.transforms._jit import jit
+from nnx.core.transforms._loops import fori_loop, while_loop
+from nnx.core.transforms._map import vmap
+from nnx.core.transforms._remat import remat
+from nnx.core.transforms._scan import Carry, scan
+from nnx.core.transforms._shard import shard_map
+from nnx.core.transforms._stack import Remat, Scan, Stack
 
 __all__ = [
     "All",
@@ -48,6 +58,7 @@ __all__ = [
     "BatchStat",
     "Cache",
     "CaptureWarning",
+    "Carry",
     "Context",
     "ContextDef",
     "ContextError",
@@ -61,18 +72,22 @@ __all__ = [
     "NnxError",
     "Node",
     "Not",
+    "PARTITION_NAME",
     "Param",
     "PathError",
     "PathGlob",
     "Pure",
     "PureModule",
     "Pytree",
+    "Remat",
     "RetraceError",
     "RetraceWarning",
     "RngStream",
+    "Scan",
     "Schema",
     "Sequence",
     "ShapeError",
+    "Stack",
     "State",
     "Static",
     "StaticError",
@@ -84,20 +99,37 @@ __all__ = [
     "VariableMetadata",
     "__version__",
     "buffers",
+    "checkify",
+    "cond",
     "context",
+    "custom_vjp",
     "dataclass",
+    "eval_shape",
     "explain_retraces",
     "field",
+    "fori_loop",
     "grad",
+    "hessian",
     "is_node",
+    "jacfwd",
+    "jacrev",
     "jit",
+    "jvp",
+    "make_jaxpr",
     "node_field",
     "param_field",
     "register_node_type",
+    "remat",
+    "scan",
+    "shard_map",
     "static_field",
+    "switch",
     "to_filter",
     "value_and_grad",
     "var",
     "var_field",
+    "vjp",
+    "vmap",
+    "while_loop",
     "with_metadata",
 ]

@@ -9,22 +9,33 @@ import jax
 import numpy as np
 
 from nnx.core._errors import AttributeKindError, VariableError
-from nnx.core._graph import _Shadow, check_equivalent, shadow
+from nnx.core._gathered import note_write
+from nnx.core._graph import check_equivalent
 from nnx.core._nodes import is_data
-from nnx.core._object import Object, attribute_name, check_object_trace, invalidate, origin_of
+from nnx.core._object import (
+    Object,
+    attribute_name,
+    check_object_trace,
+    class_attribute,
+    expose,
+    invalidate,
+    origin_of,
+)
 from nnx.core._static import StaticProblem, fingerprint, is_plain_scalar
-from nnx.core._variable import Buffer, Cell, Node, Static, Variable, check_cell_trace, new_cell, set_owned, set_value
+from nnx.core._variable import (
+    PLAIN,
+    Buffer,
+    Cell,
+    Node,
+    Static,
+    Variable,
+    check_cell_trace,
+    new_cell,
+    set_owned,
+    set_value,
+)
 
-__all__ = ["CONTAINERS", "assign", "check_no_modules", "class_attribute", "container_leaves", "missing_attribute"]
-
-
-def class_attribute(kind: type, name: str) -> Any:
-    """The raw class attribute as the class was written, without running descriptors; None if there is none."""
-    for base in kind.__mro__:
-        if name in base.__dict__:
-            item = base.__dict__[name]
-            return item.default if isinstance(item, _Shadow) else item
-    return None
+__all__ = ["assign", "check_no_modules", "container_leaves", "leaf_types", "missing_attribute"]
 
 
 def missing_attribute(module: Object, name: str) -> Any:
@@ -33,7 +44,7 @@ def missing_attribute(module: Object, name: str) -> Any:
     if descriptor is not None:
         # It exists, so its own code raised: run it again for its own error rather than report the property as missing.
         return object.__getattribute__(module, name)
-    known = [item for item in {*module.__dict__, *module._nnx_cells} if not item.startswith("_")]
+    known = [item for item in {*module.__dict__, *module._nnx.cells} if not item.startswith("_")]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean `{close[0]}`?" if close else f" (it has: {', '.join(sorted(known)[:12])})" if known else ""
     raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=module)
@@ -42,13 +53,13 @@ def missing_attribute(module: Object, name: str) -> Any:
 def assign(module: Object, name: str, value: Any) -> None:
     """The general case of an assignment: the attribute appears, or its kind or structure may change."""
     descriptor = class_attribute(type(module), name)
-    if descriptor is not None and hasattr(type(descriptor), "__set__"):
+    if (descriptor is not None and hasattr(type(descriptor), "__set__")) or name == "__orig_class__":
         object.__setattr__(module, name, value)
         return
-    cells, plain = module._nnx_cells, module.__dict__
+    cells, plain = module._nnx.cells, module.__dict__
     existing = cells.get(name)
-    if existing is None and name not in plain:
-        if not name or "/" in name or name.startswith("_nnx_"):
+    if existing is None and (name not in plain or name == "_nnx"):
+        if not name or "/" in name or name.startswith("_nnx"):
             raise AttributeKindError(
                 f"{name!r} cannot be an attribute of a Module: names are parts of paths and hold no '/'"
             )
@@ -76,6 +87,7 @@ def assign(module: Object, name: str, value: Any) -> None:
             )
         check_cell_trace(existing, attribute_name(module, name), origin_of(module))
         existing._value = value
+        note_write()
         return
     if is_plain_scalar(value):
         _assign_static(module, name, value)
@@ -102,6 +114,7 @@ def _assign_cell(module: Object, name: str, value: Any, existing: Cell | None) -
         if not value._owned:
             check_cell_trace(existing, attribute_name(module, name), origin_of(module))
             set_value(existing, value._value)
+            note_write()
             return
     elif isinstance(existing, (Variable, Node)):
         raise VariableError(
@@ -118,14 +131,14 @@ def _put_cell(module: Object, name: str, cell: Cell) -> None:
     invalidate(module)
     set_owned(cell, True)
     module.__dict__.pop(name, None)
-    module._nnx_cells[name] = cell
-    shadow(type(module), name)
+    module._nnx.cells[name] = cell
+    expose(type(module), name)
 
 
 def _put_plain(module: Object, name: str, value: Any) -> None:
     check_object_trace(module, name)
     invalidate(module)
-    module._nnx_cells.pop(name, None)
+    module._nnx.cells.pop(name, None)
     module.__dict__[name] = value
 
 
@@ -151,11 +164,14 @@ def _equal_statics(old: Any, new: Any) -> bool:
         return False
 
 
-CONTAINERS = frozenset({list, tuple, dict})
+leaf_types: set[type] = set()
+"""Types met so far whose values hold no others: what the write of a value asks first."""
 
 
 def check_no_modules(value: Any, module: Object, name: str) -> None:
-    if isinstance(value, (jax.Array, np.ndarray)) or is_plain_scalar(value):
+    """Raise if a Module or Variable hides in what is to be the value of a Variable or Node."""
+    if isinstance(value, (np.ndarray, *PLAIN)) or is_plain_scalar(value):
+        leaf_types.add(type(value))
         return
     for leaf in container_leaves(value):
         if isinstance(leaf, (Object, Cell)):

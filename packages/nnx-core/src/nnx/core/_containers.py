@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from typing import Any, Generic, TypeVar, overload
 
-from nnx.core._assign import assign, class_attribute, container_leaves
+from nnx.core._assign import assign, container_leaves
 from nnx.core._errors import AttributeKindError, NnxError
 from nnx.core._module import Module
-from nnx.core._object import Object
+from nnx.core._object import Object, class_attribute
 from nnx.core._state import natural_key
 
 __all__ = ["Dict", "Sequence", "to_container"]
@@ -42,7 +42,7 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
             assign(self, str(i), item)
 
     def _nnx_items(self) -> list[str]:
-        return sorted([name for name in (*self.__dict__, *self._nnx_cells) if name.isdecimal()], key=int)
+        return sorted([name for name in (*self.__dict__, *self._nnx.cells) if name.isdecimal()], key=int)
 
     def __len__(self) -> int:
         return len(self._nnx_items())
@@ -99,7 +99,7 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
 
     def _raw(self) -> list[Any]:
         """The items as they are held: a Variable, not its value, so that moving it keeps it the same Variable."""
-        return [self._nnx_cells[name] if name in self._nnx_cells else self.__dict__[name] for name in self._nnx_items()]
+        return [self._nnx.cells[name] if name in self._nnx.cells else self.__dict__[name] for name in self._nnx_items()]
 
     def _replace(self, raw: list[Any]) -> None:
         before = self._raw()
@@ -219,12 +219,12 @@ class Dict(Module, MutableMapping[str, A], Generic[A]):
         super().__setattr__("_names", tuple(item for item in self._names if item != name))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and not name.startswith("_") and (name in self.__dict__ or name in self._nnx_cells)
+        return isinstance(name, str) and not name.startswith("_") and (name in self.__dict__ or name in self._nnx.cells)
 
     def __iter__(self) -> Iterator[str]:
         ordered = self._names
         yield from [name for name in ordered if name in self]
-        others = {*self.__dict__, *self._nnx_cells}.difference(ordered)
+        others = {*self.__dict__, *self._nnx.cells}.difference(ordered)
         yield from sorted([name for name in others if name in self], key=natural_key)
 
     def __len__(self) -> int:

@@ -16,15 +16,13 @@ import numpy as np
 from nnx.core._errors import ContextError
 from nnx.core._graph import ModuleDef
 from nnx.core._layout import layout_of, state_of
-from nnx.core._object import Object, check_object_trace, set_origin
+from nnx.core._object import Object, check_object_trace
 from nnx.core._state import State, check_part, path_text
 from nnx.core._tracing import current_trace
 from nnx.core._update import update_values
-from nnx.core._variable import Cell, Metadata, check_cell_trace, set_metadata, set_owned, set_trace
+from nnx.core._variable import NO_METADATA, Cell, check_cell_trace, set_metadata, set_owned, set_trace
 
 __all__ = ["Context", "ContextDef", "RngStream", "context"]
-
-_NO_METADATA = Metadata.of({})
 
 
 @functools.partial(jax.jit, inline=True)
@@ -35,6 +33,9 @@ def _draw(key: Any, name: Any, count: Any, drawn: Any) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _name_code(name: str) -> np.uint32:
     return np.uint32(zlib.crc32(name.encode()))  # `hash` differs from one process to the next
+
+
+_ZERO = np.uint32(0)
 
 
 def _as_key(seed: Any, name: str) -> Any:
@@ -62,7 +63,7 @@ class RngStream(Cell):
     Args:
         seed: an integer, a typed key, or a raw uint32 key.
         count: keys drawn so far.
-        name: folded into the keys, so that streams of equal seed and other names differ.
+        name: what an error calls the stream.
     """
 
     __slots__ = ("_count", "_drawn", "_key")
@@ -76,11 +77,11 @@ class RngStream(Cell):
     _count: Any
     _drawn: int
 
-    def __init__(self, seed: Any, count: int = 0) -> None:
-        set_metadata(self, _NO_METADATA)
+    def __init__(self, seed: Any, count: int = 0, *, name: str = "stream") -> None:
+        set_metadata(self, NO_METADATA)
         set_owned(self, False)
         set_trace(self, current_trace())
-        self._key, self._count, self._drawn = _as_key(seed, "stream"), count, 0
+        self._value = (_as_key(seed, name), count)
 
     @property
     def _value(self) -> Any:  # type: ignore[override]
@@ -128,12 +129,16 @@ class RngStream(Cell):
         """
         if self._trace is not current_trace():
             check_cell_trace(self, f"RngStream {name!r}")
-        if isinstance(self._count, int):
-            key = _draw(self._key, _name_code(name), np.uint32((self._count + self._drawn) & 0xFFFFFFFF), np.uint32(0))
-        else:
-            key = _draw(self._key, _name_code(name), self._count, np.uint32(self._drawn))
+        key = self.peek(name)
         self._drawn += 1
         return key
+
+    def peek(self, name: str = "") -> jax.Array:
+        """The key that `next` will give, without drawing it."""
+        if isinstance(self._count, int):
+            count = np.uint32((self._count + self._drawn) & 0xFFFFFFFF)
+            return _draw(self._key, _name_code(name), count, _ZERO)  # type: ignore[no-any-return]
+        return _draw(self._key, _name_code(name), self._count, np.uint32(self._drawn))  # type: ignore[no-any-return]
 
     def advance(self, keys: int) -> None:
         """Count keys as drawn."""
@@ -182,19 +187,12 @@ class Context(Object):
     """
 
     def __init__(self, rngs: Mapping[str, Any] | None = None, *, flags: Mapping[str, Any] | None = None) -> None:
-        cells = self._nnx_cells
+        cells = self._nnx.cells
         for name, seed in (rngs or {}).items():
             check_part(name)
-            if isinstance(seed, RngStream):
-                set_owned(seed, True)
-                cells[name] = seed
-            else:
-                stream = RngStream.__new__(RngStream)
-                set_metadata(stream, _NO_METADATA)
-                set_owned(stream, True)
-                set_trace(stream, current_trace())
-                stream._value = (_as_key(seed, name), 0)
-                cells[name] = stream
+            stream = seed if isinstance(seed, RngStream) else RngStream(seed, name=name)
+            set_owned(stream, True)
+            cells[name] = stream
         for name in flags or {}:
             check_part(name)
         self.__dict__["_flags"] = tuple((flags or {}).items())
@@ -210,7 +208,7 @@ class Context(Object):
     @property
     def rngs(self) -> Mapping[str, RngStream]:
         """The streams."""
-        return MappingProxyType(self._nnx_cells)  # type: ignore[arg-type]
+        return MappingProxyType(self._nnx.cells)  # type: ignore[arg-type]
 
     def make_rng(self, name: str) -> jax.Array:
         """Draw a key from the stream `name`: a new one at each call.
@@ -222,20 +220,27 @@ class Context(Object):
             ContextError: there is no such stream.
             TraceContextError: the Context was made in another trace.
         """
-        stream = self._nnx_cells.get(name)
+        return self._stream(name).next(name)
+
+    def skip_rng(self, name: str) -> None:
+        """Count a key of the stream `name` as drawn, for a use that does not need it after all."""
+        self._stream(name).advance(1)
+
+    def _stream(self, name: str) -> RngStream:
+        stream = self._nnx.cells.get(name)
         if stream is None:
-            known = ", ".join(f"`{item}`" for item in self._nnx_cells) or "none"
+            known = ", ".join(f"`{item}`" for item in self._nnx.cells) or "none"
             raise ContextError(
                 f"no random stream `{name}` in this Context (it has: {known}). Give it one where the Context is made: "
                 f"nnx.context({name}=seed)"
             )
-        if self._nnx_trace is not current_trace():
+        if self._nnx.trace is not current_trace():
             check_object_trace(self, f"make_rng({name!r})", "draw from")
-        return stream.next(name)  # type: ignore[attr-defined, no-any-return]
+        return stream  # type: ignore[return-value]
 
     def has_rng(self, name: str) -> bool:
         """Whether there is a stream of that name."""
-        return name in self._nnx_cells
+        return name in self._nnx.cells
 
     def get_flag(self, name: str, default: Any = None) -> Any:
         """The flag's value, or `default` where it is not set."""
@@ -253,11 +258,11 @@ class Context(Object):
 
         Each stream of this Context advances by one. Nothing that the fork draws is ever drawn by this Context.
         """
-        return Context({name: self.make_rng(name) for name in self._nnx_cells}, flags=dict(self.__dict__["_flags"]))
+        return Context({name: self.make_rng(name) for name in self._nnx.cells}, flags=dict(self.__dict__["_flags"]))
 
     def copy(self, **flags: Any) -> Context:
         """Make a Context that shares these streams, with some flags changed."""
-        return Context(dict(self._nnx_cells), flags={**dict(self.__dict__["_flags"]), **flags})
+        return Context(dict(self._nnx.cells), flags={**dict(self.__dict__["_flags"]), **flags})
 
     def partition(self) -> tuple[State, ContextDef]:
         """Split into a State of the streams, to hand to any JAX transform, and the rest.
@@ -282,26 +287,26 @@ class Context(Object):
             ContextError: the State is of other streams than these.
             TraceContextError: the Context was made in another trace.
         """
-        own = {(name,) for name in self._nnx_cells}
+        own = {(name,) for name in self._nnx.cells}
         if set(state.paths) != own:
             raise ContextError(
                 f"the State holds the streams {sorted(path_text(path) for path in state.paths)}, this Context "
-                f"{sorted(self._nnx_cells)}"
+                f"{sorted(self._nnx.cells)}"
             )
         update_values(self, [state])
 
     def __copy__(self) -> Context:
-        return Context({name: _copy_stream(stream) for name, stream in self._nnx_cells.items()}, flags=self.flags)
+        return Context({name: _copy_stream(stream) for name, stream in self._nnx.cells.items()}, flags=self.flags)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         memo[id(self)] = copied = self.__copy__()
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_unpickle_context, (dict(self._nnx_cells), self.__dict__["_flags"]))
+        return (_unpickle_context, (dict(self._nnx.cells), self.__dict__["_flags"]))
 
     def __repr__(self) -> str:
-        streams = ", ".join(f"{name}={stream!r}" for name, stream in self._nnx_cells.items())
+        streams = ", ".join(f"{name}={stream!r}" for name, stream in self._nnx.cells.items())
         flags = f"flags={dict(self.__dict__['_flags'])!r}" if self.__dict__["_flags"] else ""
         return f"Context({', '.join(part for part in (streams, flags) if part)})"
 
@@ -342,5 +347,5 @@ def context(params: Any = None, /, *, flags: Mapping[str, Any] | None = None, **
             )
     made = Context(streams, flags=flags)
     frame = sys._getframe(1)
-    set_origin(made, (frame.f_code, frame.f_lineno))
+    made._nnx.origin = (frame.f_code, frame.f_lineno)
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import types
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from nnx.core._errors import RetraceError
+from nnx.core._errors import NnxError, RetraceError
 from nnx.core._graph import CELL, METHOD, OBJECT, ModuleDef
 from nnx.core._layout import layout_of
 from nnx.core._object import Object
@@ -74,18 +75,22 @@ class Signature(NamedTuple):
 class TraceLog:
     """The signatures that one function was traced for."""
 
-    __slots__ = ("name", "parameters", "signatures")
+    __slots__ = ("name", "parameters", "signatures", "traces")
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = getattr(function, "__qualname__", type(function).__name__)
         self.signatures: list[Signature] = []
+        self.traces = 0
         try:
             self.parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):  # builtins have no signature
             self.parameters = []
 
-    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any], max_traces: int | None) -> None:
+    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any], max_traces: int | None) -> Signature:
         """Note one more trace, and say why it was needed where someone asked or where it will happen forever.
+
+        Returns:
+            What the trace is made for.
 
         Raises:
             RetraceError: there are more than `max_traces`.
@@ -104,6 +109,12 @@ class TraceLog:
                     f"{'; '.join(lines)}"
                 )
         self.signatures.append(signature)
+        self.traces += 1
+        return signature
+
+    def forget(self, signature: Signature) -> None:
+        """Take back a trace that raised: it compiled nothing."""
+        self.signatures = [item for item in self.signatures if item is not signature]
 
     def _warn_of_identity(self, lines: Sequence[str]) -> None:
         named = [line for line in lines if _BY_IDENTITY in line]
@@ -179,9 +190,10 @@ def _changed(what: str, old: Mapping[str, str], new: Mapping[str, str]) -> Itera
 def definition_differences(old: ModuleDef[Any], new: ModuleDef[Any]) -> list[str]:
     """What differs between two definitions, by path."""
     lines = []
-    first, second = _attributes(old), _attributes(new)
+    many = len(old.roots) > 1 or len(new.roots) > 1
+    first, second = _attributes(old, many), _attributes(new, many)
     for path in [*first, *(path for path in second if path not in first)]:
-        text = ".".join(path) or type(old).__name__
+        text = ".".join(path) or "the Module"
         before, after = first.get(path), second.get(path)
         if before is None:
             lines.append(f"`{text}` appeared")
@@ -195,23 +207,28 @@ def definition_differences(old: ModuleDef[Any], new: ModuleDef[Any]) -> list[str
     return lines or ["the order or sharing of Modules changed"]
 
 
-def _attributes(moduledef: ModuleDef[Any]) -> dict[Path, tuple[str, str, Any, bool]]:
-    """For each path what is there: its kind, a text, a key to compare, and whether it is compared by identity."""
+def _attributes(moduledef: ModuleDef[Any], many: bool) -> dict[Path, tuple[str, str, Any, bool]]:
+    """For each path what is there: its kind, a text, a key to compare, and whether it is compared by identity.
+
+    The paths begin with the number of the root if there are `many`.
+    """
     result: dict[Path, tuple[str, str, Any, bool]] = {}
-    node_paths = moduledef.node_paths()
+    prefix = ("0",) if many and len(moduledef.roots) == 1 else ()
+    node_paths = [(*prefix, *path) for path in moduledef.node_paths()]
     for path, (kind, attributes) in zip(node_paths, moduledef.nodes, strict=True):
         result[path] = ("Module", kind.__qualname__, kind, False)
         for name, how, payload in attributes:
             here = (*path, name)
             if how is OBJECT:
                 if payload < 0 or node_paths[payload] != here:
-                    target = path_text(node_paths[payload]) if payload >= 0 else "another argument"
-                    result[here] = ("shared Module", f"shared with `{target}`", payload, False)
+                    other = path_text(node_paths[payload]) if payload >= 0 else "another argument"
+                    result[here] = ("shared Module", f"shared with `{other}`", payload, False)
             elif how is CELL:
                 if payload < 0:
                     result[here] = ("Variable", "tied to another argument", payload, False)
                     continue
-                target, cell, metadata = moduledef.schema.entries[payload]
+                first, cell, metadata = moduledef.schema.entries[payload]
+                target = (*prefix, *first)
                 text = "array" if cell is Buffer else cell.__name__
                 tied = f" tied to `{path_text(target)}`" if target != here else ""
                 extra = f" {dict(metadata)}" if metadata else ""
@@ -231,9 +248,13 @@ def warn_of_captures(function: Any, what: str) -> None:
         what: the transform's name.
     """
     for name, module in captured_objects(function):
+        try:
+            cells = layout_of(module).cells
+        except NnxError:  # what is wrong with it is for those to hear who use it as a Module
+            continue
         size = sum(
             leaf.nbytes
-            for cell in layout_of(module).cells
+            for cell in cells
             for leaf in jax.tree.leaves(cell._value)
             if isinstance(leaf, (jax.Array, np.ndarray))
             and not isinstance(leaf, jax.core.Tracer)
@@ -289,7 +310,9 @@ def _held_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
                 yield name, function.__globals__[name]
 
 
-def _loaded_globals(code: types.CodeType) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def _loaded_globals(code: types.CodeType) -> frozenset[str]:
     import dis
 
-    return {str(item.argval) for item in dis.get_instructions(code) if item.opname in {"LOAD_GLOBAL", "LOAD_NAME"}}
+    loads = {"LOAD_GLOBAL", "LOAD_NAME"}
+    return frozenset({str(item.argval) for item in dis.get_instructions(code) if item.opname in loads})

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import jax
 
 from nnx.core._errors import StaticError, StructureError, VariableError
-from nnx.core._object import Object, new_object
+from nnx.core._object import Object, expose, new_object
 from nnx.core._state import Entry, Path, Schema, State, path_text
 from nnx.core._static import StaticProblem, copy_static, fingerprint
-from nnx.core._variable import Buffer, Cell, Static, new_cell, unshared
+from nnx.core._variable import Buffer, Cell, Static, interning, new_cell, unshared
 
 __all__ = ["Graph", "ModuleDef", "build", "merge_states", "walk"]
 
@@ -27,37 +27,50 @@ class StaticEntry:
     """A static value in a ModuleDef: equal by its fingerprint, copied out whenever it can change in place.
 
     One object in several places is one object again after `merge`, so which of the mutable statics are one is
-    compared as well: by `alias`, their number in the order of the walk (-1 for what cannot change).
+    compared as well: by `alias`, their number in the order of the walk (-1 for what cannot change), and by `parts`, the
+    numbers of the mutable objects inside.
     """
 
-    __slots__ = ("alias", "by_identity", "explicit", "key", "mutable", "value")
+    __slots__ = ("alias", "by_identity", "explicit", "key", "mutable", "parts", "value")
 
     def __init__(
-        self, value: Any, key: Hashable, mutable: bool, by_identity: tuple[str, ...], explicit: bool, alias: int
+        self,
+        value: Any,
+        key: Hashable,
+        by_identity: tuple[str, ...],
+        explicit: bool,
+        alias: int,
+        parts: tuple[int, ...],
     ) -> None:
         self.value = value
         self.key = (key, explicit)
-        self.mutable = mutable
+        self.mutable = bool(parts)
         self.by_identity = by_identity
         self.explicit = explicit
         self.alias = alias
+        self.parts = parts
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, StaticEntry) and self.key == other.key and self.alias == other.alias
+        return (
+            isinstance(other, StaticEntry)
+            and self.key == other.key
+            and self.alias == other.alias
+            and self.parts == other.parts
+        )
 
     def __hash__(self) -> int:
-        return hash((self.key, self.alias))
+        return hash((self.key, self.alias, self.parts))
 
     def __repr__(self) -> str:
         return repr(self.value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_unpickle_static, (self.value, self.explicit, self.alias))
+        return (_unpickle_static, (self.value, self.explicit, self.alias, self.parts))
 
 
-def _unpickle_static(value: Any, explicit: bool, alias: int) -> StaticEntry:
+def _unpickle_static(value: Any, explicit: bool, alias: int, parts: tuple[int, ...]) -> StaticEntry:
     mark = fingerprint(value, arrays=explicit)
-    return StaticEntry(value, mark.key, mark.mutable, mark.by_identity, explicit, alias)
+    return StaticEntry(value, mark.key, mark.by_identity, explicit, alias, parts)
 
 
 class Attribute(NamedTuple):
@@ -105,9 +118,12 @@ class ModuleDef(Generic[M]):
         key = _Key((nodes, schema, roots))
         found = cls._interned.get(key)
         if found is None:
-            found = object.__new__(cls)
-            found.nodes, found.schema, found.roots, found._key = nodes, schema, roots, key
-            found = cls._interned.setdefault(key, found)
+            with interning:
+                found = cls._interned.get(key)
+                if found is None:
+                    found = object.__new__(cls)
+                    found.nodes, found.schema, found.roots, found._key = nodes, schema, roots, key
+                    cls._interned[key] = found
         return found
 
     @property
@@ -265,6 +281,7 @@ def walk(roots: Sequence[Object], known: Graph | None = None) -> Graph:
     nodes: list[Any] = []
     statics: dict[int, tuple[Any, Hashable, bool, int]] = {}
     methods: list[tuple[int, list[Attribute], int, Path]] = []
+    parts: dict[int, int] = {}
     copies: dict[int, Any] = {}
     root_indices: list[int] = []
 
@@ -306,7 +323,9 @@ def walk(roots: Sequence[Object], known: Graph | None = None) -> Graph:
                     methods.append((index, attributes, len(attributes), (*path, name)))
                     attributes.append(Attribute(name, METHOD, child))
                 else:
-                    attributes.append(Attribute(name, STATIC, _static_entry(child, (*path, name), statics, copies)))
+                    attributes.append(
+                        Attribute(name, STATIC, _static_entry(child, (*path, name), statics, parts, copies))
+                    )
             else:
                 nodes[index] = (type(objects[index]), attributes)
                 stack.pop()
@@ -327,7 +346,11 @@ def walk(roots: Sequence[Object], known: Graph | None = None) -> Graph:
 
 
 def _static_entry(
-    value: Any, path: Path, statics: dict[int, tuple[Any, Hashable, bool, int]], copies: dict[int, Any]
+    value: Any,
+    path: Path,
+    statics: dict[int, tuple[Any, Hashable, bool, int]],
+    parts: dict[int, int],
+    copies: dict[int, Any],
 ) -> StaticEntry:
     explicit = isinstance(value, Static)
     held = value._value if explicit else value
@@ -347,7 +370,8 @@ def _static_entry(
             statics[id(held)] = (held, mark.key, explicit, len(statics))
         alias = statics[id(held)][3]
         held = copy_static(held, copies)
-    return StaticEntry(held, mark.key, mark.mutable, mark.by_identity, explicit, alias)
+    numbers = tuple([parts.setdefault(id(part), len(parts)) for part in mark.parts])
+    return StaticEntry(held, mark.key, mark.by_identity, explicit, alias, numbers)
 
 
 def statics_changed(statics: Sequence[tuple[Any, Hashable, bool]]) -> bool:
@@ -395,11 +419,11 @@ def fill(
     copies: dict[int, Any],
 ) -> None:
     """Give an empty object its attributes."""
-    plain, held = instance.__dict__, instance._nnx_cells
+    plain, held = instance.__dict__, instance._nnx.cells
     for name, kind, payload in attributes:
         if kind is CELL:
             held[name] = cells[payload] if payload >= 0 else known_cells[-1 - payload]
-            shadow(type(instance), name)
+            expose(type(instance), name)
         elif kind is OBJECT:
             plain[name] = objects[payload] if payload >= 0 else known_objects[-1 - payload]
         elif kind is METHOD:
@@ -407,51 +431,9 @@ def fill(
             plain[name] = types.MethodType(function, objects[index] if index >= 0 else known_objects[-1 - index])
         elif payload.explicit:
             held[name] = Static(copy_static(payload.value, copies) if payload.mutable else payload.value)
-            shadow(type(instance), name)
+            expose(type(instance), name)
         else:
             plain[name] = copy_static(payload.value, copies) if payload.mutable else payload.value
-
-
-def shadow(kind: type[Object], name: str) -> None:
-    """See to it that a class attribute of the same name does not hide a cell.
-
-    A plain class attribute (a dataclass's default, `bias = None`, a method) is found before `__getattr__` is asked. A
-    descriptor takes its place, which gives the cell's value where there is a cell, and what was there before where
-    there is none.
-    """
-    for base in kind.__mro__:
-        if name in base.__dict__:
-            item = base.__dict__[name]
-            if not isinstance(item, _Shadow) and not hasattr(type(item), "__set__"):
-                # On the instance's own class: the base may be a mixin that other classes use.
-                setattr(kind, name, _Shadow(name, item))
-            return
-
-
-class _Shadow:
-    __slots__ = ("default", "name")
-
-    def __init__(self, name: str, default: Any) -> None:
-        self.name = name
-        self.default = default
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is not None:
-            cell = instance._nnx_cells.get(self.name)
-            if cell is not None:
-                return cell._value
-            if self.name in instance.__dict__:
-                return instance.__dict__[self.name]
-        if hasattr(type(self.default), "__get__"):
-            return type(self.default).__get__(self.default, instance, owner)
-        return self.default
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        # Only `object.__setattr__` and `functools.cached_property` come here: a Module's own `__setattr__` does not.
-        instance.__dict__[self.name] = value
-
-    def __delete__(self, instance: Any) -> None:
-        del instance.__dict__[self.name]
 
 
 def merge_states(

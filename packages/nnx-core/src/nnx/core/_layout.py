@@ -7,12 +7,14 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from nnx.core._errors import StaticError
+from nnx.core._gathered import hold, writes
 from nnx.core._graph import Graph, ModuleDef, statics_changed, walk
-from nnx.core._object import Object, set_layout
+from nnx.core._object import Object
 from nnx.core._state import State
+from nnx.core._tracing import is_eager
 from nnx.core._variable import Cell, unshared
 
-__all__ = ["Layout", "layout_of", "layout_after", "state_of", "walk_in_turn"]
+__all__ = ["Layout", "layout_of", "layout_after", "state_of", "values_of", "walk_in_turn"]
 
 
 class Layout:
@@ -30,9 +32,26 @@ class Layout:
             must not refer to itself or it would wait for the garbage collector.
         root: the root, weakly, so that it can drop a layout that is out of date together with the arrays that only
             this knows.
+        values: the values as the last call gathered or wrote them, good while `written` is the token of all writes.
+        keeps: whether values are kept at all: those of a trace are not, nor those of random streams, whose counts the
+            host advances.
     """
 
-    __slots__ = ("__weakref__", "after", "cells", "moduledef", "root", "statics", "token", "trace", "valid")
+    __slots__ = (
+        "__weakref__",
+        "after",
+        "cells",
+        "itself",
+        "keeps",
+        "moduledef",
+        "root",
+        "statics",
+        "token",
+        "trace",
+        "valid",
+        "values",
+        "written",
+    )
 
     def __init__(self, graph: Graph) -> None:
         self.valid = True
@@ -46,21 +65,40 @@ class Layout:
         # The one trace that all cells belong to lets a call check them all at once; cells of several are checked one
         # by one.
         self.trace = traces.pop() if len(traces) == 1 else None
-        reference = weakref.ref(self)
+        self.values: list[Any] | None = None
+        self.written: object = None
+        kinds: set[Any] = {type(cell) for cell in graph.cells}
+        self.keeps = is_eager() and all(kind._value is _SLOT for kind in kinds)
+        self.itself = reference = weakref.ref(self)
         for instance in graph.objects:
-            known = instance._nnx_layouts
+            known = instance._nnx.layouts
             if len(known) > 16:
                 known[:] = [item for item in known if item() is not None]
             known.append(reference)
 
 
+_SLOT: Any = Cell.__dict__["_value"]
+
+
+def values_of(layout: Layout) -> list[Any]:
+    """The values of the cells, in a list that nobody edits."""
+    values = layout.values
+    if values is not None and layout.written is writes.token:
+        return values
+    token = writes.token
+    values = [cell._value for cell in layout.cells]
+    if layout.keeps:
+        hold(layout, values, token)
+    return values
+
+
 def layout_of(root: Object) -> Layout:
     """The layout of the graph that starts at `root`: the cached one, or a new one if the structure changed."""
-    layout = root._nnx_layout
+    layout = root._nnx.layout
     if layout is not None and layout.valid and (not layout.statics or not statics_changed(layout.statics)):
         return layout
     layout = Layout(walk((root,)))
-    set_layout(root, layout)
+    root._nnx.layout = layout
     return layout
 
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, overload
 
 import jax
 import numpy as np
 
-from nnx.core._assign import CONTAINERS, assign, check_no_modules, class_attribute, missing_attribute
+from nnx.core._assign import assign, check_no_modules, leaf_types, missing_attribute
 from nnx.core._errors import AttributeKindError, FilterError, StructureError, VariableError
 from nnx.core._filters import FilterLike, to_filters
-from nnx.core._graph import ModuleDef, build, merge_states, shadow, walk
+from nnx.core._gathered import note_write
+from nnx.core._graph import ModuleDef, build, merge_states, walk
 from nnx.core._layout import layout_of, state_of
 from nnx.core._object import (
     Object,
     attribute_name,
-    cached_names,
     check_object_trace,
+    class_attribute,
+    expose,
     invalidate,
     new_object,
     origin_of,
-    set_initializing,
+    plain_attributes,
 )
 from nnx.core._pure import Pure, caller, states_of
 from nnx.core._repr import module_repr
@@ -63,12 +66,12 @@ class _Init:
         def run(access: Callable[[Any], Any], args: Any, kwargs: Any) -> Any:
             marked: list[Object] = [item for item in walk((instance,)).objects if isinstance(item, Module)]
             for item in marked:
-                set_initializing(item, item._nnx_initializing + 1)
+                item._nnx.initializing = item._nnx.initializing + 1
             try:
                 return access(instance)(*args, **kwargs)
             finally:
                 for item in marked:
-                    set_initializing(item, item._nnx_initializing - 1)
+                    item._nnx.initializing = item._nnx.initializing - 1
 
         return caller(run)
 
@@ -100,10 +103,11 @@ class Module(Object):
         ((4, 2), 1)
     """
 
-    __slots__ = ()
+    _nnx_exposed: ClassVar[set[str]] = set()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._nnx_exposed = set()
         slots = cls.__dict__.get("__slots__", ())
         if slots and set((slots,) if isinstance(slots, str) else slots) - {"__weakref__", "__dict__"}:
             raise AttributeKindError(
@@ -113,16 +117,14 @@ class Module(Object):
         register(cls)
 
     if not TYPE_CHECKING:
+        # On Python 3.11 a class with `__getattr__` reads all attributes slowly, so there the message is Python's own.
+        if sys.version_info >= (3, 12):
 
-        def __getattr__(self, name: str) -> Any:
-            try:
-                return self._nnx_cells[name]._value
-            except KeyError:
-                pass
-            return missing_attribute(self, name)
+            def __getattr__(self, name: str) -> Any:
+                return missing_attribute(self, name)
 
         def __setattr__(self, name: str, value: Any) -> None:
-            cell = self._nnx_cells.get(name)
+            cell = self._nnx.cells.get(name)
             if (
                 cell is not None
                 and type(cell) is not Buffer
@@ -131,29 +133,30 @@ class Module(Object):
             ):
                 if cell._trace is not current_trace():
                     check_cell_trace(cell, attribute_name(self, name), origin_of(self))
-                if type(value) in CONTAINERS:
+                if type(value) not in leaf_types:
                     check_no_modules(value, self, name)
                 set_value(cell, value)
+                note_write()
             else:
                 assign(self, name, value)
 
         def __delattr__(self, name: str) -> None:
             held = self.__dict__
             descriptor = class_attribute(type(self), name)
-            if name not in self._nnx_cells and hasattr(type(descriptor), "__delete__"):
+            if name not in self._nnx.cells and hasattr(type(descriptor), "__delete__"):
                 object.__delattr__(self, name)
                 return
-            if name not in self._nnx_cells and name not in held:
+            if name not in self._nnx.cells and name not in held:
                 missing_attribute(self, name)
             check_object_trace(self, name, "delete")
             invalidate(self)
-            if name in self._nnx_cells:
-                del self._nnx_cells[name]
+            if name in self._nnx.cells:
+                del self._nnx.cells[name]
             else:
                 del held[name]
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self._nnx_cells})
+        return sorted({*super().__dir__(), *self._nnx.cells})
 
     @overload
     def partition(self) -> Pure[State, Self]: ...
@@ -263,7 +266,7 @@ class Module(Object):
 
     def is_initializing(self) -> bool:
         """Whether the call under way came through `module.init(...)`: parameters may be made from its inputs."""
-        return self._nnx_initializing > 0
+        return self._nnx.initializing > 0
 
     def get_variable(self, name: str) -> Any:
         """The Variable (or Node) itself behind an attribute; assigned to another attribute, it ties the two.
@@ -271,7 +274,7 @@ class Module(Object):
         Raises:
             AttributeError: there is no such attribute, or it is neither a Variable nor a Node.
         """
-        cell = self._nnx_cells.get(name)
+        cell = self._nnx.cells.get(name)
         if isinstance(cell, (Variable, Node)):
             return cell
         if cell is not None or name in self.__dict__:
@@ -296,6 +299,10 @@ class Module(Object):
             reduce_fn: joins what is there with the value; by default it appends to a tuple.
             init_fn: makes what is there at first; by default an empty tuple.
 
+        Inside a lifted transform the first value sown takes the place of what an earlier call left there: a tuple that
+        grew from call to call would be another structure each time, and compile anew. Take values out between calls
+        with `pop_state`.
+
         Raises:
             VariableError: the attribute is in use for something else.
 
@@ -307,26 +314,34 @@ class Module(Object):
             (1, 2)
         """
         kind = collection_type(collection) if isinstance(collection, str) else collection
-        cell = self._nnx_cells.get(name)
+        cell = self._nnx.cells.get(name)
         if cell is None:
             if name in self.__dict__ or class_attribute(type(self), name) is not None:
                 raise VariableError(
                     f"cannot sow into `{attribute_name(self, name)}`: the name is already an attribute or a method"
                 )
             setattr(self, name, kind(reduce_fn(init_fn(), value)))
+            self._note_sown(name)
             return
         if type(cell) is not kind:
             raise VariableError(
                 f"cannot sow a {kind.__name__} into `{attribute_name(self, name)}`, which is a "
                 f"{type(cell).__name__}: use another name"
             )
+        sown = self._nnx.sown
+        afresh = sown is not None and name not in sown
         try:
-            joined = reduce_fn(cell._value, value)
+            joined = reduce_fn(init_fn() if afresh else cell._value, value)
         except TypeError as error:
             raise VariableError(
                 f"cannot sow into `{attribute_name(self, name)}`: it holds a {type(cell._value).__name__}"
             ) from error
         setattr(self, name, joined)
+        self._note_sown(name)
+
+    def _note_sown(self, name: str) -> None:
+        if self._nnx.sown is not None:
+            self._nnx.sown.add(name)
 
     def for_each(self, module_type: type[N], fn: Callable[[N], Any]) -> None:
         """Call `fn` on each Module of a type in the graph, this one included, each once, parents first."""
@@ -350,13 +365,12 @@ class Module(Object):
 
     def __copy__(self) -> Self:
         instance = new_object(type(self))
-        cached = cached_names(type(self))
-        instance.__dict__.update({name: value for name, value in self.__dict__.items() if name not in cached})
+        instance.__dict__.update(plain_attributes(self))
         for name, item in instance.__dict__.items():
             if isinstance(item, types.MethodType) and item.__self__ is self:
                 instance.__dict__[name] = types.MethodType(item.__func__, instance)
-        for name, cell in self._nnx_cells.items():
-            instance._nnx_cells[name] = new_cell(type(cell), cell._value, cell._metadata, owned=True)
+        for name, cell in self._nnx.cells.items():
+            instance._nnx.cells[name] = new_cell(type(cell), cell._value, cell._metadata, owned=True)
         return instance  # type: ignore[no-any-return]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -378,9 +392,9 @@ class Module(Object):
             instance = copied[id(item)]
             for name, child in item._nnx_children():
                 if isinstance(child, Static):
-                    instance._nnx_cells[name] = Static(copy_static(child._value, memo))
+                    instance._nnx.cells[name] = Static(copy_static(child._value, memo))
                 elif isinstance(child, Cell):
-                    instance._nnx_cells[name] = memo[id(child)]
+                    instance._nnx.cells[name] = memo[id(child)]
                 elif isinstance(child, Object):
                     instance.__dict__[name] = copied[id(child)]
                 elif isinstance(child, types.MethodType) and id(child.__self__) in copied:
@@ -390,23 +404,21 @@ class Module(Object):
         return copied[id(self)]  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        cached = cached_names(type(self))
         # One flat list: a level of nesting less for each Module keeps deep graphs within pickle's recursion.
-        state: list[Any] = [len(self._nnx_cells)]
-        for name, cell in self._nnx_cells.items():
+        state: list[Any] = [len(self._nnx.cells)]
+        for name, cell in self._nnx.cells.items():
             state += (name, cell)
-        for name, value in self.__dict__.items():
-            if name not in cached:
-                state += (name, value)
+        for name, value in plain_attributes(self).items():
+            state += (name, value)
         return (new_object, (type(self),), state)
 
     def __setstate__(self, state: Any) -> None:
         (count, *items) = state
         pairs = list(zip(items[::2], items[1::2], strict=True))
-        self._nnx_cells.update(pairs[:count])
+        self._nnx.cells.update(pairs[:count])
         self.__dict__.update(pairs[count:])
-        for name in self._nnx_cells:
-            shadow(type(self), name)
+        for name in self._nnx.cells:
+            expose(type(self), name)
 
     def __repr__(self) -> str:
         return module_repr(self)
@@ -437,6 +449,7 @@ class MutableLeaf:
     def value(self, value: Any) -> None:
         check_cell_trace(self._cell, path_text(self.path))
         self._cell._value = value
+        note_write()
 
     @property
     def collection(self) -> str | None:

@@ -14,11 +14,10 @@ import jax
 
 from nnx.core._errors import FilterError, PathError, StructureError
 from nnx.core._filters import Filter, FilterLike, Path, to_filters
-from nnx.core._variable import Buffer, Cell, Metadata, decode_type, encode_type, new_cell
+from nnx.core._variable import NO_METADATA, Buffer, Cell, Metadata, decode_type, encode_type, interning, new_cell
 
 __all__ = ["Entry", "Path", "Schema", "State", "natural_key", "near_misses", "path_text"]
 
-_NO_METADATA = Metadata.of({})
 
 Entry = tuple[Path, type[Cell], Metadata]
 
@@ -83,13 +82,16 @@ class Schema:
         key = tuple(entries)
         found = cls._interned.get(key)
         if found is None:
-            found = object.__new__(cls)
-            found.entries = key
-            found.paths = tuple(entry[0] for entry in key)
-            found._index = None
-            found._keys = None
-            found._selections = {}
-            found = cls._interned.setdefault(key, found)
+            with interning:
+                found = cls._interned.get(key)
+                if found is None:
+                    found = object.__new__(cls)
+                    found.entries = key
+                    found.paths = tuple(entry[0] for entry in key)
+                    found._index = None
+                    found._keys = None
+                    found._selections = {}
+                    cls._interned[key] = found
         return found
 
     _index: dict[Path, int] | None
@@ -240,7 +242,7 @@ class State(Mapping[Path, Any]):
                 entries.append((path, type(node), node._metadata))
                 values.append(node._value)
             else:
-                entries.append((path, Buffer, _NO_METADATA))
+                entries.append((path, Buffer, NO_METADATA))
                 values.append(node)
         self._schema = Schema.of(entries)
         self._values = tuple(values)

@@ -38,11 +38,13 @@ class Fingerprint:
         key: equal exactly when two values are interchangeable in a compiled function.
         mutable: whether the value can change in place, so that its key must be taken again at each call.
         by_identity: parts that can only be compared by identity, as `where: repr` texts; a fresh one makes a retrace.
+        parts: the lists, dicts, sets, arrays and plain objects inside that can change in place, in the order met.
     """
 
     key: Hashable
     mutable: bool
     by_identity: tuple[str, ...]
+    parts: tuple[Any, ...] = ()
 
 
 def is_plain_scalar(value: object) -> bool:
@@ -65,16 +67,16 @@ def fingerprint(value: Any, *, forbidden: tuple[type, ...] = (), arrays: bool = 
         return Fingerprint((type(value), value), False, ())
     walker = _Walker(forbidden, arrays)
     key = walker.key(value, "", True)
-    return Fingerprint(key, walker.mutable, tuple(walker.by_identity))
+    return Fingerprint(key, bool(walker.parts), tuple(walker.by_identity), tuple(walker.parts))
 
 
 class _Walker:
-    __slots__ = ("active", "arrays", "by_identity", "forbidden", "mutable")
+    __slots__ = ("active", "arrays", "by_identity", "forbidden", "parts")
 
     def __init__(self, forbidden: tuple[type, ...], arrays: bool) -> None:
         self.forbidden = forbidden
         self.arrays = arrays
-        self.mutable = False
+        self.parts: list[Any] = []
         self.by_identity: list[str] = []
         self.active: dict[int, int] = {}
 
@@ -93,7 +95,8 @@ class _Walker:
         if isinstance(value, np.ndarray):
             if in_tree and not self.arrays:
                 raise StaticProblem(f"a NumPy array {_array_text(value)}", where)
-            self.mutable = self.mutable or value.flags.writeable
+            if value.flags.writeable:
+                self.parts.append(value)
             return (kind, value.dtype.str, value.shape, _array_content(value, self, where))
         if isinstance(value, np.generic):
             return (kind, value.dtype.str, value.tobytes())
@@ -110,11 +113,13 @@ class _Walker:
 
     def _compound(self, value: Any, kind: type, where: str, in_tree: bool) -> Hashable:
         if isinstance(value, (list, tuple)):
-            self.mutable = self.mutable or isinstance(value, list)
+            if isinstance(value, list):
+                self.parts.append(value)
             return (kind, tuple(self.key(item, f"{where}[{i}]", in_tree) for i, item in enumerate(value)))
         if isinstance(value, (dict, types.MappingProxyType)):
             # In insertion order: a forward pass may iterate over it.
-            self.mutable = self.mutable or isinstance(value, dict)
+            if isinstance(value, dict):
+                self.parts.append(value)
             return (
                 kind,
                 tuple(
@@ -125,14 +130,16 @@ class _Walker:
         if isinstance(value, slice):  # not hashable before Python 3.12
             return (kind, self._compound((value.start, value.stop, value.step), tuple, where, in_tree))
         if isinstance(value, (set, frozenset)):
-            self.mutable = self.mutable or isinstance(value, set)
+            if isinstance(value, set):
+                self.parts.append(value)
             return (kind, frozenset(self.key(item, f"{where} item", False) for item in value))
         if isinstance(value, functools.partial):
             return (
                 kind,
                 self.key(value.func, f"{where}.func", False),
                 self.key(value.args, f"{where}.args", False),
-                self.key(value.keywords, f"{where}.keywords", False),
+                # A view of them: nobody edits the keywords of a partial.
+                self.key(types.MappingProxyType(value.keywords), f"{where}.keywords", False),
             )
         if isinstance(value, types.MethodType):
             return (
@@ -148,7 +155,7 @@ class _Walker:
         fields = _plain_fields(value, kind)
         if fields is not None:
             if not _is_frozen(kind):
-                self.mutable = True
+                self.parts.append(value)
             return (kind, tuple((name, self.key(item, f"{where}.{name}", False)) for name, item in fields))
         if kind.__hash__ is None or not _hashable(value):
             raise StaticProblem(

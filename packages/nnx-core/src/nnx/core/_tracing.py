@@ -8,9 +8,21 @@ import weakref
 from typing import Any
 
 import jax
+from jax._src import config as _jax_config
 from jax._src import core as _jax_core
+from jax._src.interpreters import batching as _batching
 
-__all__ = ["TraceRef", "calling_line", "current_trace", "describe_trace", "is_tracer"]
+__all__ = [
+    "TraceRef",
+    "calling_line",
+    "current_trace",
+    "describe_trace",
+    "is_batched",
+    "is_eager",
+    "is_tracer",
+    "jit_is_disabled",
+    "varying_axes",
+]
 
 TraceRef = weakref.ref[Any]
 
@@ -67,3 +79,29 @@ def calling_line() -> str:
 def is_tracer(value: object) -> bool:
     """Whether `value` is an abstract value of some trace rather than data."""
     return isinstance(value, jax.core.Tracer)
+
+
+def is_eager() -> bool:
+    """Whether this is plain Python, in no trace at all."""
+    return _trace_context.trace is _jax_core.eval_trace
+
+
+def jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit` is in force, so that what would be compiled runs as plain Python."""
+    return bool(_jax_config.disable_jit.value)
+
+
+def is_batched(value: object) -> bool:
+    """Whether `value` differs along the axis of the `jax.vmap` whose body is running."""
+    return (
+        isinstance(value, _batching.BatchTracer)
+        and value._trace is _trace_context.trace
+        and value.batch_dim is not None
+    )
+
+
+def varying_axes(value: object) -> frozenset[str]:
+    """The mesh axes along which `value` differs inside of `jax.shard_map`, as far as JAX has followed it."""
+    aval: Any = jax.typeof(value)
+    marks = getattr(aval, "mat", None)
+    return frozenset(marks.varying if marks is not None else getattr(aval, "vma", ()))

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nnx.core._errors import PathError, StructureError
-from nnx.core._graph import CELL, METHOD, OBJECT, STATIC, Attribute, ModuleDef, check_equivalent, fill, shadow, walk
+from nnx.core._gathered import note_write
+from nnx.core._graph import CELL, METHOD, OBJECT, STATIC, Attribute, ModuleDef, check_equivalent, fill, walk
 from nnx.core._layout import layout_of
-from nnx.core._object import Object, check_object_trace, invalidate, new_object, origin_of
+from nnx.core._object import Object, check_object_trace, expose, invalidate, new_object, origin_of
 from nnx.core._state import Path, State, near_misses, path_text
 from nnx.core._static import StaticProblem, fingerprint
 from nnx.core._variable import Buffer, Cell, Static, check_cell_trace, new_cell, unshared
@@ -48,6 +49,7 @@ def update_values(root: Object, states: Sequence[State]) -> None:
         check_object_trace(parent, path[-1])
     for cell, value in writes:
         cell._value = value
+    note_write()
     for parent, (path, kind, metadata, value) in zip(parents, extra.values(), strict=True):
         _add(parent, path, kind, metadata, value)
 
@@ -72,17 +74,18 @@ def _check_free(parent: Object, path: Path) -> None:
 
 
 def _add(parent: Object, path: Path, kind: type[Cell], metadata: Any, value: Any) -> None:
-    existing = parent._nnx_cells.get(path[-1])
+    existing = parent._nnx.cells.get(path[-1])
     if existing is not None:
         # Reached by a second path: a tied Variable, or a part of a shared Module.
         if kind is not Buffer:
             check_equivalent(path_text(path), type(existing), existing._metadata, kind, metadata)
         existing._value = unshared(value)
+        note_write()
         return
     invalidate(parent)
     parent.__dict__.pop(path[-1], None)
-    parent._nnx_cells[path[-1]] = new_cell(kind, unshared(value), metadata, owned=True)
-    shadow(type(parent), path[-1])
+    parent._nnx.cells[path[-1]] = new_cell(kind, unshared(value), metadata, owned=True)
+    expose(type(parent), path[-1])
 
 
 def _parent_of(root: Object, path: Path) -> Object:
@@ -104,14 +107,14 @@ def remove_cells(root: Object, gone: Sequence[Cell]) -> None:
     ids = {id(cell) for cell in gone}
     holders = []
     for instance in walk((root,)).objects:
-        names = [name for name, cell in instance._nnx_cells.items() if id(cell) in ids]
+        names = [name for name, cell in instance._nnx.cells.items() if id(cell) in ids]
         if names:
             check_object_trace(instance, names[0], "delete")
             holders.append((instance, names))
     for instance, names in holders:
         invalidate(instance)
         for name in names:
-            del instance._nnx_cells[name]
+            del instance._nnx.cells[name]
 
 
 def update_from_definition(root: Object, moduledef: ModuleDef[Any], values: Sequence[Any]) -> None:
@@ -126,6 +129,7 @@ def update_from_definition(root: Object, moduledef: ModuleDef[Any], values: Sequ
             check_cell_trace(cell, path_text(path))
         for cell, value in zip(graph.cells, values, strict=True):
             cell._value = value
+        note_write()
         return
     if type(root) is not moduledef.type:
         raise StructureError(
@@ -185,13 +189,16 @@ def sync(
     for instance, attributes in changed:
         kept = _unchanged_statics(instance, attributes)
         invalidate(instance)
+        hidden = instance._nnx
         instance.__dict__.clear()
-        instance._nnx_cells.clear()
+        object.__setattr__(instance, "_nnx", hidden)
+        instance._nnx.cells.clear()
         fill(instance, attributes, all_objects, all_cells, (), (), copies)
         instance.__dict__.update(kept)
     for cell, old_cell, value, write in zip(all_cells, cells, values, written, strict=True):
         if write and old_cell is not None:
             cell._value = value
+    note_write()
     return all_objects, all_cells
 
 
@@ -211,7 +218,7 @@ def _live_statics(moduledef: ModuleDef[Any], objects: Sequence[Object | None]) -
         instance = objects[number]
         if instance is None or entry.alias in live:
             continue
-        held = instance._nnx_cells.get(name, instance.__dict__.get(name, _ABSENT))
+        held = instance._nnx.cells.get(name, instance.__dict__.get(name, _ABSENT))
         if _same_static(held, entry):
             value = held._value if entry.explicit else held
             if id(value) not in taken:

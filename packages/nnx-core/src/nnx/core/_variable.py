@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from nnx.core._errors import TraceContextError, VariableError
+from nnx.core._gathered import note_write
 from nnx.core._static import StaticProblem, copy_static, fingerprint
 from nnx.core._tracing import TraceRef, calling_line, current_trace, describe_trace
 
@@ -22,12 +24,15 @@ __all__ = [
     "Cache",
     "Cell",
     "Intermediate",
+    "NO_METADATA",
+    "PLAIN",
     "Metadata",
     "Node",
     "Param",
     "Static",
     "Variable",
     "VariableMetadata",
+    "interning",
     "new_cell",
     "unshared",
     "var",
@@ -36,6 +41,10 @@ __all__ = [
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+# Two threads that make the same thing at once must get one. Reentrant, as a collection of garbage may come in between.
+interning = threading.RLock()
 
 
 class Metadata(Mapping[str, Any]):
@@ -62,14 +71,15 @@ class Metadata(Mapping[str, Any]):
                 ) from None
             key.append((name, mark.key))
             mutable = mutable or mark.mutable
-        found = cls._interned.get(tuple(key))
-        if found is None:
-            found = object.__new__(cls)
-            for name in items:
-                _give_attribute(name)
-            found._mutable = mutable
-            found._items = {name: copy_static(items[name], {}) for name in sorted(items)}
-            cls._interned[tuple(key)] = found
+        with interning:
+            found = cls._interned.get(tuple(key))
+            if found is None:
+                for name in items:
+                    _give_attribute(name)
+                found = object.__new__(cls)
+                found._mutable = mutable
+                found._items = {name: copy_static(items[name], {}) for name in sorted(items)}
+                cls._interned[tuple(key)] = found
         return found
 
     def __getitem__(self, name: str) -> Any:
@@ -98,7 +108,7 @@ class Metadata(Mapping[str, Any]):
         return self
 
 
-_NO_METADATA = Metadata.of({})
+NO_METADATA = Metadata.of({})
 
 
 class VariableMetadata(Generic[A]):
@@ -176,7 +186,7 @@ set_owned: Callable[[Cell, bool], None] = Cell.__dict__["_owned"].__set__
 
 
 def new_cell(
-    kind: type[Cell], value: Any, metadata: Metadata = _NO_METADATA, *, owned: bool = False, frozen: bool = False
+    kind: type[Cell], value: Any, metadata: Metadata = NO_METADATA, *, owned: bool = False, frozen: bool = False
 ) -> Any:
     """Make a Cell without running a user's constructor; a frozen one belongs to no trace and refuses writes."""
     cell = object.__new__(kind)
@@ -187,14 +197,17 @@ def new_cell(
     return cell
 
 
-_EDITABLE = frozenset({np.ndarray, list, dict, tuple})
-
-
 def unshared(value: Any) -> Any:
     """A value that no edit in place can reach from where it came: a State is no view of a Module."""
-    if type(value) not in _EDITABLE:
+    if isinstance(value, PLAIN):
         return value
-    return jax.tree.map(lambda leaf: leaf.copy() if type(leaf) is np.ndarray and leaf.flags.writeable else leaf, value)
+    return jax.tree.map(
+        lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) and leaf.flags.writeable else leaf, value
+    )
+
+
+PLAIN = (jax.Array, int, float, complex, np.generic, jax.ShapeDtypeStruct)
+"""The types of values that hold no others and cannot be edited in place."""
 
 
 def write_cell(cell: Cell, value: Any) -> None:
@@ -207,6 +220,7 @@ def write_cell(cell: Cell, value: Any) -> None:
     if cell._trace is not current_trace():
         check_cell_trace(cell, f"{type(cell).__name__}.value")
     set_value(cell, value)
+    note_write()
 
 
 def check_cell_trace(cell: Cell, what: str, origin: str = "") -> None:
@@ -257,7 +271,7 @@ class _Held(Cell, Generic[A]):
             if isinstance(value, _Held):
                 self.__init__(value, **metadata)  # type: ignore[misc]
                 return
-        set_metadata(self, _metadata_of(metadata) if metadata else _NO_METADATA)
+        set_metadata(self, _metadata_of(metadata) if metadata else NO_METADATA)
         set_owned(self, False)
         set_trace(self, current_trace())
         set_value(self, value)
@@ -463,7 +477,7 @@ class Static(Cell, Generic[A]):
     def __init__(self, value: A) -> None:
         if isinstance(value, Static):
             value = value._value
-        self._value, self._metadata, self._owned, self._trace = value, _NO_METADATA, False, current_trace()
+        self._value, self._metadata, self._owned, self._trace = value, NO_METADATA, False, current_trace()
 
     @property
     def value(self) -> A:

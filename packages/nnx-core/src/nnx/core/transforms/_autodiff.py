@@ -1,54 +1,37 @@
-"""grad and value_and_grad: derivatives with respect to the Variables that a filter selects, as States."""
+"""grad, value_and_grad, vjp, jvp, jacfwd, jacrev and hessian: derivatives by the Variables a filter selects."""
 
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from nnx.core._errors import VariableError
-from nnx.core._filters import Filter, FilterLike, to_filter
-from nnx.core._layout import layout_of
-from nnx.core._object import Object
-from nnx.core._state import Schema, State, path_text
+from nnx.core._errors import StructureError, VariableError
+from nnx.core._filters import FilterLike, to_filter
+from nnx.core._state import Schema, State
 from nnx.core._variable import Param
-from nnx.core.transforms._lift import Frame, Inputs, Packed, finish, is_object, pack, run
+from nnx.core.transforms._callable import lift_callable
+from nnx.core.transforms._outcome import finish
+from nnx.core.transforms._selection import Selection
 
-__all__ = ["grad", "value_and_grad"]
-
-
-class _Selected:
-    """The cells of one Module that are differentiated: the gradient's Schema, and each cell's place in the call."""
-
-    __slots__ = ("places", "schema")
-
-    def __init__(self, root: Object, wrt: Filter, where: dict[int, tuple[int, int]], check_dtypes: bool) -> None:
-        layout = layout_of(root)
-        values = [cell._value for cell in layout.cells]
-        positions, self.schema = layout.moduledef.schema.select((wrt,), values)[0]
-        self.places = [where[id(layout.cells[i])] for i in positions]
-        if check_dtypes:
-            _check_dtypes(root, self.schema, [values[i] for i in positions])
+__all__ = ["grad", "hessian", "jacfwd", "jacrev", "jvp", "value_and_grad", "vjp"]
 
 
-def _check_dtypes(root: Object, schema: Schema, values: Sequence[Any]) -> None:
-    for (path, kind, _), value in zip(schema.entries, values, strict=True):
-        for leaf in jax.tree.leaves(value):
-            dtype = jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype
-            if not jnp.issubdtype(dtype, jnp.inexact):
-                raise VariableError(
-                    f"cannot differentiate with respect to `{path_text(path)}` ({kind.__name__}) of the "
-                    f"{type(root).__name__}: its dtype is {dtype}. Keep it in another Variable type than the one that "
-                    "is differentiated, or narrow the filter `wrt`"
-                )
+def _split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    if not has_aux:
+        return out, None
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(
+            f"with has_aux=True the function returns (output, aux), got {type(out).__name__}"
+            + (f" of {len(out)}" if isinstance(out, tuple) else "")
+        )
+    return out
 
 
-def _places(frame: Frame) -> dict[int, tuple[int, int]]:
-    return {id(cell): (k, i) for k, layout in enumerate(frame.layouts) for i, cell in enumerate(layout.cells)}
+def _numbers(argnums: int | Sequence[int]) -> tuple[int, ...]:
+    return (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
 
 def value_and_grad(
@@ -95,124 +78,28 @@ def value_and_grad(
         return functools.partial(
             value_and_grad, argnums=argnums, wrt=wrt, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int
         )
-    function, bound = _lift_callable(f)
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    function, bound = lift_callable(f, "nnx.grad")
+    numbers = _numbers(argnums)
     selection = to_filter(wrt)
 
-    @functools.wraps(function)
+    @functools.wraps(function, updated=())
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        args = bound + args
-        wanted = [n if n >= 0 else n + len(args) for n in numbers]
-        for n, given in zip(wanted, numbers, strict=True):
-            if not 0 <= n < len(args):
-                raise ValueError(
-                    f"argnums names argument {given}, but the function was called with {len(args)} positional arguments"
-                )
-        frame = Frame().begin()
-        packed, packed_kwargs = pack(list(args), frame), {name: pack(kwargs[name], frame) for name in sorted(kwargs)}
-        where = _places(frame)
-        selected = {
-            n: jax.tree.map(
-                lambda leaf: _Selected(leaf, selection, where, not allow_int) if isinstance(leaf, Object) else None,
-                args[n],
-                is_leaf=is_object,
-            )
-            for n in wanted
-        }
-        chosen = {
-            n: [s for s in jax.tree.leaves(tree, is_leaf=_is_selected) if _is_selected(s)]
-            for n, tree in selected.items()
-        }
-        places = list(dict.fromkeys(place for group in chosen.values() for s in group for place in s.places))
-        values = [frame.layouts[k].cells[i]._value for k, i in places]
-        bare = {
-            n: jax.tree.map(lambda leaf: None if type(leaf) is Packed else leaf, packed[n], is_leaf=_is_packed)
-            for n in wanted
-        }
+        chosen = Selection(bound + args, kwargs, numbers).by_filter(selection, check_dtypes=not allow_int)
 
         def inner(values: Any, bare: Any) -> Any:
-            replaced: dict[int, dict[int, Any]] = {}
-            for (k, i), value in zip(places, values, strict=True):
-                replaced.setdefault(k, {})[i] = value
-            inputs, number = Inputs(), 0
-
-            def one(leaf: Any, substitute: Any = None) -> Any:
-                nonlocal number
-                if type(leaf) is not Packed:
-                    return substitute
-                fresh = list(leaf.values)
-                for i, value in replaced.get(number, {}).items():
-                    fresh[i] = value
-                number += 1
-                return inputs.add(leaf.moduledef, fresh)
-
-            built = []
-            for n, arg in enumerate(packed):
-                leaves, tree = jax.tree.flatten(arg, is_leaf=_is_packed)
-                if n in wanted:
-                    others = iter(jax.tree.leaves(bare[n]))
-                    built.append(
-                        jax.tree.unflatten(
-                            tree, [one(leaf, None) if type(leaf) is Packed else next(others) for leaf in leaves]
-                        )
-                    )
-                else:
-                    built.append(jax.tree.unflatten(tree, [one(leaf, leaf) for leaf in leaves]))
-            named = {}
-            for name, arg in packed_kwargs.items():
-                leaves, tree = jax.tree.flatten(arg, is_leaf=_is_packed)
-                named[name] = jax.tree.unflatten(tree, [one(leaf, leaf) for leaf in leaves])
-            out, changed, outcome = run(function, inputs, built, {name: named[name] for name in kwargs})
-            if has_aux:
-                if not (isinstance(out, tuple) and len(out) == 2):
-                    raise TypeError(f"with has_aux=True the function returns (scalar, aux), got {type(out).__name__}")
-                return out[0], (out[1], changed, outcome)
-            return out, (None, changed, outcome)
+            out, changed, outcome = chosen.call.run(function, chosen.leaves(values, bare))
+            value, aux = _split_aux(out, has_aux)
+            return value, (aux, changed, outcome)
 
         (value, (aux, changed, outcome)), (value_grads, bare_grads) = jax.value_and_grad(
             inner, argnums=(0, 1), has_aux=True, holomorphic=holomorphic, allow_int=allow_int
-        )(values, bare)
-        aux = finish(frame, aux, changed, outcome)
-        by_place = dict(zip(places, value_grads, strict=True))
-        grads = tuple(_assemble(selected[n], packed[n], bare_grads[n], by_place) for n in wanted)
+        )(chosen.values, chosen.bare)
+        aux = finish(chosen.call.frame, aux, changed, outcome)
+        grads = chosen.gradients(value_grads, bare_grads)
         gradient = grads[0] if isinstance(argnums, int) else grads
         return ((value, aux), gradient) if has_aux else (value, gradient)
 
     return wrapper
-
-
-def _is_packed(value: Any) -> bool:
-    return type(value) is Packed
-
-
-def _is_selected(value: Any) -> bool:
-    return type(value) is _Selected
-
-
-def _assemble(selected: Any, packed: Any, bare: Any, by_place: dict[tuple[int, int], Any]) -> Any:
-    """The gradient of one argument: a State for each Module, an array for each array."""
-    leaves, tree = jax.tree.flatten(packed, is_leaf=_is_packed)
-    states = iter([s for s in jax.tree.leaves(selected, is_leaf=_is_selected) if _is_selected(s)])
-    others = iter(jax.tree.leaves(bare))
-    result = []
-    for leaf in leaves:
-        if type(leaf) is Packed:
-            item = next(states)
-            result.append(State.from_columns(item.schema, [by_place[place] for place in item.places]))
-        else:
-            result.append(next(others))
-    return jax.tree.unflatten(tree, result)
-
-
-def _lift_callable(f: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A Module or a bound method of one as a function of that Module, with the Module as its first argument."""
-    if isinstance(f, types.MethodType) and isinstance(f.__self__, Object):
-        return f.__func__, (f.__self__,)
-    if isinstance(f, Object):
-        return type(f).__call__, (f,)  # type: ignore[operator]
-    if not callable(f):
-        raise TypeError(f"expected a callable, got {type(f).__name__}")
-    return f, ()
 
 
 def grad(
@@ -249,9 +136,243 @@ def grad(
         return functools.partial(grad, **options)
     both = value_and_grad(f, **options)
 
-    @functools.wraps(both)
+    @functools.wraps(both, updated=())
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         value, gradient = both(*args, **kwargs)
         return (gradient, value[1]) if has_aux else gradient
 
     return wrapper
+
+
+def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False, wrt: FilterLike = Param) -> Any:
+    """Call `f` and prepare its vector-Jacobian product; see `jax.vjp`.
+
+    Changes that `f` makes to Modules come out with this call.
+
+    Args:
+        f: a function of Modules, Contexts and arrays.
+        *primals: its arguments.
+        has_aux: whether `f` returns `(output, aux)`.
+        wrt: a filter: the Variables of the Modules that are differentiated.
+
+    Returns:
+        `(output, vjp_fn)`, or `(output, vjp_fn, aux)`. `vjp_fn(cotangent)` gives a tuple with a part for each argument:
+        a State for a Module, an array for an array.
+
+    Example:
+        >>> import jax.numpy as jnp, nnx
+        >>> class Scale(nnx.Module):
+        ...     def __init__(self):
+        ...         self.w = nnx.Param(jnp.float32(3))
+        >>> y, pull = nnx.vjp(lambda m, x: m.w * x, Scale(), 2.0)
+        >>> state, x_bar = pull(jnp.float32(1))
+        >>> float(state["w"].value), float(x_bar)
+        (2.0, 3.0)
+    """
+    function, bound = lift_callable(f, "nnx.vjp")
+    args = bound + primals
+    chosen = Selection(args, {}, range(len(args))).by_filter(to_filter(wrt), check_dtypes=True)
+
+    def inner(values: Any, bare: Any) -> Any:
+        out, changed, outcome = chosen.call.run(function, chosen.leaves(values, bare))
+        out, aux = _split_aux(out, has_aux)
+        return out, (aux, changed, outcome)
+
+    out, pull, (aux, changed, outcome) = jax.vjp(inner, chosen.values, chosen.bare, has_aux=True)
+    aux = finish(chosen.call.frame, aux, changed, outcome)
+
+    def vjp_fn(cotangent: Any) -> tuple[Any, ...]:
+        return chosen.gradients(*pull(cotangent))
+
+    return (out, vjp_fn, aux) if has_aux else (out, vjp_fn)
+
+
+def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any], *, has_aux: bool = False) -> Any:
+    """Call `f` and push tangents forward; see `jax.jvp`.
+
+    Args:
+        f: a function of Modules, Contexts and arrays.
+        primals: its arguments.
+        tangents: a part for each argument: for a Module a State of the tangents of some of its Variables (those it does
+            not name stand still), for an array an array.
+        has_aux: whether `f` returns `(output, aux)`.
+
+    Returns:
+        `(output, output_tangent)`, or `(output, output_tangent, aux)`.
+
+    Raises:
+        StructureError: a tangent does not fit its argument.
+
+    Example:
+        >>> import jax.numpy as jnp, nnx
+        >>> class Scale(nnx.Module):
+        ...     def __init__(self):
+        ...         self.w = nnx.Param(jnp.float32(3))
+        >>> model = Scale()
+        >>> direction = model.filter(nnx.Param).map(lambda path, w: jnp.ones_like(w))
+        >>> y, slope = nnx.jvp(lambda m: m.w**2, (model,), (direction,))
+        >>> float(y), float(slope)
+        (9.0, 6.0)
+    """
+    function, bound = lift_callable(f, "nnx.jvp")
+    if bound and len(tangents) == len(primals):
+        tangents = (State.from_columns(Schema.of(()), ()), *tangents)  # the Module itself stands still
+    args = bound + tuple(primals)
+    if len(args) != len(tangents):
+        raise StructureError(
+            f"jvp takes a tangent for each argument: got {len(args)} arguments, {len(tangents)} tangents"
+        )
+    chosen, value_tangents, bare_tangents = Selection(args, {}, range(len(args))).by_states(tangents)
+
+    def inner(values: Any, bare: Any) -> Any:
+        out, changed, outcome = chosen.call.run(function, chosen.leaves(values, bare))
+        out, aux = _split_aux(out, has_aux)
+        return out, (aux, changed, outcome)
+
+    out, tangent, (aux, changed, outcome) = jax.jvp(
+        inner, (chosen.values, chosen.bare), (value_tangents, bare_tangents), has_aux=True
+    )
+    aux = finish(chosen.call.frame, aux, changed, outcome)
+    return (out, tangent, aux) if has_aux else (out, tangent)
+
+
+class _Tree:
+    """The structure of an output, as static data."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+
+
+jax.tree_util.register_pytree_node(_Tree, lambda node: ((), node.tree), lambda tree, _: _Tree(tree))
+
+
+def _jacobian(transform: Callable[..., Any], name: str, f: Any, options: dict[str, Any]) -> Any:
+    if f is None:
+        return functools.partial(_jacobian, transform, name, options=options)
+    function, bound = lift_callable(f, f"nnx.{name}")
+    argnums, has_aux = options["argnums"], options["has_aux"]
+    numbers = _numbers(argnums)
+    selection = to_filter(options["wrt"])
+    rest = {key: options[key] for key in ("holomorphic", "allow_int") if key in options}
+
+    @functools.wraps(function, updated=())
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        chosen = Selection(bound + args, kwargs, numbers).by_filter(
+            selection, check_dtypes=not options.get("allow_int", False)
+        )
+
+        if not jax.tree.leaves((chosen.values, chosen.bare)):
+            raise VariableError(
+                f"nnx.{name} differentiates by nothing: wrt={options['wrt']!r} selects no Variable of the arguments"
+            )
+
+        def inner(values: Any, bare: Any) -> Any:
+            out, changed, outcome = chosen.call.run(function, chosen.leaves(values, bare))
+            out, aux = _split_aux(out, has_aux)
+            leaves, tree = jax.tree.flatten(out)
+            return leaves, (_Tree(tree), aux, changed, outcome)
+
+        jacobians, (tree, aux, changed, outcome) = transform(inner, argnums=(0, 1), has_aux=True, **rest)(
+            chosen.values, chosen.bare
+        )
+        aux = finish(chosen.call.frame, aux, changed, outcome)
+        parts = [chosen.gradients(values, bare) for values, bare in jacobians]
+        jacobian = jax.tree.unflatten(tree.tree, [part[0] if isinstance(argnums, int) else part for part in parts])
+        return (jacobian, aux) if has_aux else jacobian
+
+    return wrapper
+
+
+def jacfwd(
+    f: Any = None,
+    /,
+    *,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+) -> Any:
+    """Make a function that gives the Jacobian of `f`, column by column: for outputs larger than the inputs.
+
+    Args:
+        f: a function of Modules, Contexts and arrays.
+        argnums: which arguments to differentiate by.
+        wrt: a filter: the Variables of the Modules among them.
+        has_aux: whether `f` returns `(output, aux)`.
+        holomorphic: as for `jax.jacfwd`.
+
+    Returns:
+        A function of the same arguments. It returns the structure of the output, with the Jacobian of each leaf in its
+        place: a State for a Module, whose values have the leaf's shape before their own.
+
+    Example:
+        >>> import jax.numpy as jnp, nnx
+        >>> class Scale(nnx.Module):
+        ...     def __init__(self):
+        ...         self.w = nnx.Param(jnp.ones(2))
+        >>> nnx.jacfwd(lambda m, x: m.w * x)(Scale(), jnp.arange(2.0))["w"].value.tolist()
+        [[0.0, 0.0], [0.0, 1.0]]
+    """
+    return _jacobian(
+        jax.jacfwd, "jacfwd", f, {"argnums": argnums, "wrt": wrt, "has_aux": has_aux, "holomorphic": holomorphic}
+    )
+
+
+def jacrev(
+    f: Any = None,
+    /,
+    *,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Any:
+    """Make a function that gives the Jacobian of `f`, row by row: for inputs larger than the outputs.
+
+    See `jacfwd` for the arguments and the result; `allow_int` is as for `jax.jacrev`.
+
+    Example:
+        >>> import jax.numpy as jnp, nnx
+        >>> class Scale(nnx.Module):
+        ...     def __init__(self):
+        ...         self.w = nnx.Param(jnp.ones(2))
+        >>> nnx.jacrev(lambda m, x: m.w * x)(Scale(), jnp.arange(2.0))["w"].value.tolist()
+        [[0.0, 0.0], [0.0, 1.0]]
+    """
+    options = {
+        "argnums": argnums,
+        "wrt": wrt,
+        "has_aux": has_aux,
+        "holomorphic": holomorphic,
+        "allow_int": allow_int,
+    }
+    return _jacobian(jax.jacrev, "jacrev", f, options)
+
+
+def hessian(
+    f: Any = None,
+    /,
+    *,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+) -> Any:
+    """Make a function that gives the Hessian of `f`: `jacfwd` of `jacrev`.
+
+    See `jacfwd` for the arguments. The Hessian by a Module is a State of States: `h["w"].value["b"].value` is
+    the second derivative by `w` and `b`.
+
+    Example:
+        >>> import jax.numpy as jnp, nnx
+        >>> class Scale(nnx.Module):
+        ...     def __init__(self):
+        ...         self.w = nnx.Param(jnp.float32(2))
+        >>> float(nnx.hessian(lambda m: m.w**3)(Scale())["w"].value["w"].value)
+        12.0
+    """
+    options: dict[str, Any] = {"argnums": argnums, "wrt": wrt, "has_aux": has_aux, "holomorphic": holomorphic}
+    if f is None:
+        return functools.partial(hessian, **options)
+    return jacfwd(jacrev(f, **options), **options)

@@ -5,50 +5,58 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
+from nnx.core._errors import VariableError
 from nnx.core._explain import TraceLog, warn_of_captures
-from nnx.core._layout import layout_of
-from nnx.core._object import Object
-from nnx.core._variable import Cell, set_value
-from nnx.core.transforms._lift import (
-    NOTHING,
-    Frame,
-    Inputs,
-    _local,
-    finish,
-    first_argument,
-    is_object,
-    is_untouched,
-    lifting,
-    run,
-)
+from nnx.core._state import path_text
+from nnx.core._variable import PLAIN
+from nnx.core.transforms._callable import lift_callable
+from nnx.core.transforms._donate import separate
+from nnx.core.transforms._inputs import Inputs, run
+from nnx.core.transforms._lift import Frame, _local, first_argument, is_untouched, lifting
+from nnx.core.transforms._outcome import NOTHING, finish
+from nnx.core.transforms._stages import Lowered, Traced
 
-__all__ = ["Compiled", "JitWrapped", "Lowered", "jit"]
+__all__ = ["JitWrapped", "jit", "kept_on"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
 _TRACED = "__nnx_traced__"
+_Traced = Callable[..., Any]
 
 
-def _traced(
-    function: Callable[..., Any], donated: tuple[int, ...], donated_names: tuple[str, ...], max_traces: int | None
-) -> Callable[..., Any]:
-    """The function that JAX traces for a function of Modules: one for each function and donation.
+def kept_on(function: Any, make: Callable[[], Any], *key: Any) -> Any:
+    """What `make` makes for a function and a key, made once for each and kept on the function itself.
 
-    It is kept on the function itself, so that wrapping a function again finds what was compiled for it, and so that
-    nothing outlives the function.
+    So wrapping a function again finds what was compiled for it, and nothing outlives the function. Only a plain
+    function, and what a transform has made of one, keeps anything.
     """
-    held = function.__dict__.setdefault(_TRACED, {}) if isinstance(function, types.FunctionType) else {}
-    found = held.get((donated, donated_names, max_traces))
-    if found is not None:
-        return found  # type: ignore[no-any-return]
+    if isinstance(function, type):
+        function, key = function.__init__, (function, *key)  # type: ignore[misc]
+    if not isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__"):
+        return make()
+    owner, held = function.__dict__.get(_TRACED, (None, {}))
+    if owner is None or owner() is not function:  # `functools.wraps` copies it to other functions
+        held = {}
+        function.__dict__[_TRACED] = (weakref.ref(function), held)
+    found = held.get(key)
+    if found is None:
+        found = held[key] = make()
+    return found
+
+
+def _trace(
+    function: Callable[..., Any], donated: tuple[int, ...], donated_names: tuple[str, ...], max_traces: int | None
+) -> tuple[_Traced, TraceLog]:
+    """The function that JAX traces for a function of Modules, and what it was traced for so far."""
     log = TraceLog(function)
 
     @functools.wraps(function, updated=())
@@ -58,18 +66,20 @@ def _traced(
             return function(*[arg.argument if type(arg) is Frame else arg for arg in args], **kwargs), [], NOTHING
         kwargs.pop("", None)
         args = tuple([first_argument(arg) for arg in args])
-        log.note(args, kwargs, max_traces)
+        signature = log.note(args, kwargs, max_traces)
         if len(log.signatures) == 1:
             warn_of_captures(function, "nnx.jit")
-        inputs = Inputs()
-        built = [inputs.unpack(arg, donated=i in donated) for i, arg in enumerate(args)]
-        # In the order in which JAX flattened them: positional arguments, then keywords by name.
-        named = {name: inputs.unpack(kwargs[name], donated=name in donated_names) for name in sorted(kwargs)}
-        out, values, outcome = run(function, inputs, built, {name: named[name] for name in kwargs})
-        return out, values, outcome
+        try:
+            inputs = Inputs()
+            built = [inputs.unpack(arg, donated=i in donated) for i, arg in enumerate(args)]
+            # In the order in which JAX flattened them: positional arguments, then keywords by name.
+            named = {name: inputs.unpack(kwargs[name], donated=name in donated_names) for name in sorted(kwargs)}
+            return run(function, inputs, built, {name: named[name] for name in kwargs})
+        except BaseException:
+            log.forget(signature)
+            raise
 
-    held[donated, donated_names, max_traces] = traced
-    return traced
+    return traced, log
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -82,13 +92,9 @@ class JitWrapped(Generic[P, R]):
     """A function compiled by `nnx.jit`. Call it as the function itself."""
 
     def __init__(self, function: Callable[P, R], options: dict[str, Any]) -> None:
-        target: Any = function
-        self._bound: tuple[Any, ...] = ()
-        if isinstance(function, types.MethodType) and isinstance(function.__self__, Object):
-            target, self._bound = function.__func__, (function.__self__,)
-        elif isinstance(function, Object):
-            target, self._bound = type(function).__call__, (function,)  # type: ignore[operator]
-        functools.update_wrapper(self, target)
+        target: Any
+        target, self._bound = lift_callable(function, "nnx.jit")
+        functools.update_wrapper(self, target, updated=())
         shift = len(self._bound)
         options = dict(options)
         for name in ("static_argnums", "donate_argnums"):
@@ -97,26 +103,20 @@ class JitWrapped(Generic[P, R]):
         donated, names = _named_and_numbered(target, options.get("donate_argnums"), options.get("donate_argnames"))
         self._donates = bool(donated or names)
         self._donated, self._donated_names = donated, names
-        static, _ = _named_and_numbered(target, options.get("static_argnums"), options.get("static_argnames"))
-        self._static = frozenset(static)
-        self._plain = not (static or self._donates or self._bound)
+        static, static_names = _named_and_numbered(
+            target, options.get("static_argnums"), options.get("static_argnames")
+        )
+        self._static, self._static_names = frozenset(static), frozenset(static_names)
+        self._plain = not (static or self._bound)
         if options.get("in_shardings") is not None:
-            options["in_shardings"] = self._in_shardings(options["in_shardings"], shift)
+            options["in_shardings"] = _in_shardings(options["in_shardings"], shift)
         if options.get("out_shardings") is not None:
             options["out_shardings"] = (options["out_shardings"], None, None)
-        self._jitted: Any = jax.jit(
-            _traced(target, donated, names, options.pop("max_traces", None)),
-            **{k: v for k, v in options.items() if v is not None},
+        max_traces = options.pop("max_traces", None)
+        traced, self._log = kept_on(
+            target, lambda: _trace(target, donated, names, max_traces), donated, names, max_traces
         )
-
-    def _in_shardings(self, given: Any, shift: int) -> Any:
-        if not isinstance(given, (tuple, list)):
-            return given
-        shardings = [None] * shift + list(given)
-        first = self._first_dynamic(len(shardings))
-        if first is not None and not (shardings[first] is None or isinstance(shardings[first], jax.sharding.Sharding)):
-            shardings[first] = Frame(shardings[first])
-        return tuple(shardings)
+        self._jitted: Any = jax.jit(traced, **{k: v for k, v in options.items() if v is not None})
 
     def _first_dynamic(self, count: int) -> int | None:
         for i in range(count):
@@ -124,12 +124,20 @@ class JitWrapped(Generic[P, R]):
                 return i
         return None
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Frame, tuple[Any, ...], dict[str, Any]]:
-        """Put the Frame of a call in the place of the first argument that JAX flattens."""
+    def _prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, static: bool = True
+    ) -> tuple[Frame, tuple[Any, ...], dict[str, Any]]:
+        """Put the Frame of a call in the place of the first argument that JAX flattens.
+
+        Args:
+            args: the positional arguments.
+            kwargs: those by name.
+            static: whether the static ones are among them.
+        """
         args = self._bound + args
         if self._donates:
-            _separate(self, args, kwargs)
-        first = self._first_dynamic(len(args))
+            separate(args, kwargs, self._donated, self._donated_names)
+        first = self._first_dynamic(len(args)) if static else (0 if args else None)
         if first is None:
             frame = Frame()
             return frame, args, {"": frame, **kwargs}
@@ -139,19 +147,28 @@ class JitWrapped(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         # The path of every call: what is spent here is the price of the library.
         if self._plain and args:
+            if self._donates:
+                separate(args, kwargs, self._donated, self._donated_names)
             frame = Frame(args[0])
             rest: Any = args[1:]
             local = _local
             local.frame = frame
             try:
                 out, values, outcome = self._jitted(frame, *rest, **kwargs)
+            except TypeError:
+                check_values(frame)
+                raise
             finally:
                 # Inside a trace the flag is None as well, and a flattening never calls a compiled function.
                 local.frame = None
         else:
             frame, lifted, named = self._prepare(args, kwargs)
             with lifting(frame):
-                out, values, outcome = self._jitted(*lifted, **named)
+                try:
+                    out, values, outcome = self._jitted(*lifted, **named)
+                except TypeError:
+                    check_values(frame)
+                    raise
         if outcome is NOTHING:
             return out  # type: ignore[no-any-return]
         return finish(frame, out, values, outcome)  # type: ignore[no-any-return]
@@ -172,13 +189,23 @@ class JitWrapped(Generic[P, R]):
         """Trace and lower for these arguments without running anything; see `jax.jit(f).lower`."""
         return Lowered(self, self._staged("lower", args, kwargs))
 
-    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """Trace for these arguments without running anything; see `jax.jit(f).trace`."""
-        return self._staged("trace", args, kwargs)
+        return Traced(self, self._staged("trace", args, kwargs))
+
+    def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """What a call would return, with `jax.ShapeDtypeStruct` in the place of arrays; see `nnx.eval_shape`.
+
+        The arguments are left as they are.
+        """
+        from nnx.core.transforms._abstract import eval_shape
+
+        return eval_shape(self, *args, **kwargs)
 
     def clear_cache(self) -> None:
         """Forget every compiled version."""
         self._jitted.clear_cache()
+        self._log.signatures.clear()
 
     def _cache_size(self) -> int:
         return self._jitted._cache_size()
@@ -201,47 +228,46 @@ class BoundJit(Generic[P, R]):
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """See `JitWrapped.lower`."""
-        return self.__wrapped__.lower(self.__self__, *args, **kwargs)
+        return Lowered(self.__wrapped__, self.__wrapped__._staged("lower", self._full(args), kwargs), (self.__self__,))
 
-    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """See `JitWrapped.trace`."""
-        return self.__wrapped__.trace(self.__self__, *args, **kwargs)
+        return Traced(self.__wrapped__, self.__wrapped__._staged("trace", self._full(args), kwargs), (self.__self__,))
+
+    def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """See `JitWrapped.eval_shape`."""
+        return self.__wrapped__.eval_shape(*self._full(args), **kwargs)
+
+    def _full(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.__self__, *args)
 
     def clear_cache(self) -> None:
         """Forget every compiled version, for all instances."""
         self.__wrapped__.clear_cache()
 
 
-class Lowered:
-    """A lowered function of Modules: `jax.stages.Lowered` with `compile()` giving a function that takes Modules."""
+def check_values(frame: Frame) -> None:
+    """Raise if a Variable holds what JAX cannot take, by path, where JAX itself can only count."""
+    for root, layout in zip(
+        getattr(frame, "roots", ()), frame.layouts if hasattr(frame, "layouts") else (), strict=True
+    ):
+        for cell, path in zip(layout.cells, layout.moduledef.schema.paths, strict=True):
+            for leaf in jax.tree.leaves(cell._value):
+                if not isinstance(leaf, (np.ndarray, *PLAIN)):
+                    raise VariableError(
+                        f"`{path_text(path)}` of the {type(root).__name__} holds a {type(leaf).__name__} "
+                        f"({leaf!r:.60}): a Variable that goes into a transform holds arrays or numbers"
+                    )
 
-    def __init__(self, wrapped: JitWrapped[..., Any], lowered: Any) -> None:
-        self._wrapped = wrapped
-        self._lowered = lowered
 
-    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
-        """Compile."""
-        return Compiled(self._wrapped, self._lowered.compile(*args, **kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lowered, name)
-
-
-class Compiled:
-    """A compiled function of Modules; call it with arguments of the same structure and shapes."""
-
-    def __init__(self, wrapped: JitWrapped[..., Any], compiled: Any) -> None:
-        self._wrapped = wrapped
-        self._compiled = compiled
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        frame, args, kwargs = self._wrapped._prepare(args, kwargs)
-        with lifting(frame):
-            out, values, outcome = self._compiled(*args, **kwargs)
-        return finish(frame, out, values, outcome)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._compiled, name)
+def _in_shardings(given: Any, shift: int) -> Any:
+    if not isinstance(given, (tuple, list)):
+        return given
+    # JAX leaves static arguments out, so the Frame's place is always the first.
+    shardings = [None] * shift + list(given)
+    if shardings and not (shardings[0] is None or isinstance(shardings[0], jax.sharding.Sharding)):
+        shardings[0] = Frame(shardings[0])
+    return tuple(shardings)
 
 
 def _named_and_numbered(target: Any, numbers: Any, names: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -260,49 +286,6 @@ def _named_and_numbered(target: Any, numbers: Any, names: Any) -> tuple[tuple[in
     elif numbers is None:
         own_numbers = tuple(positional.index(name) for name in own_names if name in positional)
     return own_numbers, own_names
-
-
-def _separate(wrapped: JitWrapped[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Give each cell of the donated Modules an array of its own, since a buffer can be donated but once."""
-    every: list[Any] = []
-    for arg in (*args, *kwargs.values()):
-        if isinstance(arg, Object):
-            every += [cell._value for cell in layout_of(arg).cells]
-        elif isinstance(arg, jax.Array):
-            every.append(arg)
-        else:
-            cells, bare = _cells_and_leaves(arg)
-            every += [cell._value for cell in cells] + bare
-    if len(set(map(id, every))) == len(every):
-        return  # as it is nearly always: no array is in two places
-    donated: list[Any] = []
-    others: list[Any] = []
-    for i, arg in enumerate(args):
-        (donated if i in wrapped._donated else others).append(arg)
-    for name, arg in kwargs.items():
-        (donated if name in wrapped._donated_names else others).append(arg)
-    cells, bare = _cells_and_leaves(others)
-    own_cells, own_bare = _cells_and_leaves(donated)
-    used = {id(value) for value in [*(cell._value for cell in cells), *bare, *own_bare]}
-    beside = set(cells)
-    for cell in dict.fromkeys(own_cells):
-        value = cell._value
-        if isinstance(value, jax.Array) and cell not in beside:
-            if id(value) in used:
-                set_value(cell, jnp.copy(value))
-            used.add(id(value))
-
-
-def _cells_and_leaves(tree: Any) -> tuple[list[Cell], list[Any]]:
-    """The cells of the Modules in a pytree, and its other leaves."""
-    cells: list[Cell] = []
-    bare = []
-    for leaf in jax.tree.leaves(tree, is_leaf=is_object):
-        if isinstance(leaf, Object):
-            cells += layout_of(leaf).cells
-        else:
-            bare.append(leaf)
-    return cells, bare
 
 
 @overload
@@ -396,6 +379,4 @@ def jit(
     }
     if f is None:
         return lambda function: JitWrapped(function, options)
-    if not callable(f):
-        raise TypeError(f"nnx.jit takes a callable, got {type(f).__name__}")
     return JitWrapped(f, options)

@@ -1,0 +1,185 @@
+"""What a trace learned about the Modules it was given, and how that is written back into the live ones."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from nnx.core._gathered import hold, note_write
+from nnx.core._gathered import writes as all_writes
+from nnx.core._graph import ModuleDef
+from nnx.core._layout import walk_in_turn
+from nnx.core._object import Object
+from nnx.core._state import path_text
+from nnx.core._tracing import current_trace
+from nnx.core._update import sync
+from nnx.core._variable import check_cell_trace, set_value
+from nnx.core.transforms._lift import Frame
+
+__all__ = ["NOTHING", "Hole", "HoleNode", "Outcome", "distinct", "finish"]
+
+
+class Outcome(NamedTuple):
+    """What a trace learned, as static data.
+
+    It travels in the output's treedef and never on the side, since JAX keeps several traces of one function.
+    Where the structure stands, `writes` and `draws` say all. Where it changed, `post` describes the whole graph
+    afterwards.
+
+    Attributes:
+        writes: for each root with changed cells its number and the positions of these cells in its layout.
+        draws: for each stream that was drawn from the root's number, its position, and the number of keys.
+        streams: whether streams are among the cells written.
+        holes: whether Modules are part of the output.
+        post: the structure afterwards, of the distinct roots and of the Modules returned; None if it stands.
+        objects: for each object of `post` its number in the walk over the roots, or -1 for a new one.
+        cells: the same for its cells.
+        written: for each cell of `post` whether a value comes with it.
+        lost: cells of the walk over the roots that were written before the graph let go of them.
+    """
+
+    writes: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    draws: tuple[tuple[int, int, int], ...] = ()
+    streams: bool = False
+    holes: bool = False
+    post: ModuleDef[Any] | None = None
+    objects: tuple[int, ...] = ()
+    cells: tuple[int, ...] = ()
+    written: tuple[bool, ...] = ()
+    lost: tuple[int, ...] = ()
+
+
+# As a pytree an Outcome has no leaves. What comes out of the unflattening must flatten to the same again, or JAX leaves
+# its fast path.
+jax.tree_util.register_pytree_node(Outcome, lambda outcome: ((), outcome), lambda outcome, _: outcome)
+
+
+NOTHING = Outcome()
+"""Nothing changed: the one Outcome that a call can tell by identity."""
+
+
+class Hole(NamedTuple):
+    """Stands for a Module in an output: a root by its number, or an object of the walk by its number."""
+
+    root: int
+    number: int
+
+
+class HoleNode:
+    """A Hole as a pytree without leaves."""
+
+    __slots__ = ("hole",)
+
+    def __init__(self, hole: Hole) -> None:
+        self.hole = hole
+
+
+jax.tree_util.register_pytree_node(HoleNode, lambda node: ((), node.hole), lambda hole, _: HoleNode(hole))
+
+
+def _is_hole(value: Any) -> bool:
+    return type(value) is HoleNode
+
+
+def distinct(items: Sequence[Object]) -> list[Object]:
+    """The objects, each once."""
+    seen: set[int] = set()
+    return [item for item in items if not (id(item) in seen or seen.add(id(item)))]  # type: ignore[func-returns-value]
+
+
+def finish(frame: Frame, out: Any, values: Sequence[Any], outcome: Outcome) -> Any:
+    """Write what changed into the live Modules, and put them into the output.
+
+    Everything is checked before anything is written.
+    """
+    if outcome.post is not None:
+        return _finish_structure(frame, out, values, outcome)
+    for number, position, _ in outcome.draws:
+        check_cell_trace(frame.layouts[number].cells[position], "RngStream")
+    if outcome.writes:
+        _write(frame, values, outcome.writes, outcome.streams)
+    for number, position, keys in outcome.draws:
+        frame.layouts[number].cells[position].advance(keys)  # type: ignore[attr-defined]
+    if not outcome.holes:
+        return out
+    objects: list[Object] = []
+
+    def fill(leaf: Any) -> Any:
+        if type(leaf) is not HoleNode:
+            return leaf
+        if leaf.hole.root >= 0:
+            return frame.roots[leaf.hole.root]
+        if not objects:
+            objects.extend(item for graph in walk_in_turn(distinct(frame.roots)) for item in graph.objects)
+        return objects[leaf.hole.number]
+
+    return jax.tree.map(fill, out, is_leaf=_is_hole)
+
+
+def _write(frame: Frame, values: Sequence[Any], writes: tuple[tuple[int, tuple[int, ...]], ...], streams: bool) -> None:
+    trace = current_trace()
+    for number, positions in writes:
+        layout = frame.layouts[number]
+        if layout.trace is not trace:
+            for position in positions:
+                check_cell_trace(layout.cells[position], path_text(layout.moduledef.schema.paths[position]))
+    start = 0
+    token = all_writes.token
+    kept = [layout.values if layout.written is token else None for layout in frame.layouts]
+    for number, positions in writes:
+        cells = frame.layouts[number].cells
+        part = values if len(writes) == 1 else values[start : start + len(positions)]
+        start += len(positions)
+        if len(positions) == len(cells):
+            kept[number] = part if type(part) is list else list(part)
+        elif (own := kept[number]) is not None:
+            kept[number] = own = own.copy()
+            for position, value in zip(positions, part, strict=True):
+                own[position] = value
+        if streams:
+            for position, value in zip(positions, part, strict=True):
+                cells[position]._value = value  # a stream's value is a property
+        else:
+            # A loop in C over the slot's own setter: this is all that an update costs besides jax.jit's own work.
+            deque(map(set_value, map(cells.__getitem__, positions) if len(positions) < len(cells) else cells, part), 0)
+    # The next call finds what this one wrote, and what it left alone.
+    token = note_write()
+    for layout, own in zip(frame.layouts, kept, strict=True):
+        if own is not None and layout.keeps:
+            hold(layout, own, token)
+
+
+def _finish_structure(frame: Frame, out: Any, values: Sequence[Any], outcome: Outcome) -> Any:
+    graphs = walk_in_turn(distinct(frame.roots))
+    live_objects = [item for graph in graphs for item in graph.objects]
+    live_cells = [item for graph in graphs for item in graph.cells]
+    post = outcome.post
+    assert post is not None
+    for _, position, _ in outcome.draws:
+        origin = outcome.cells[position]
+        if origin >= 0:
+            check_cell_trace(live_cells[origin], path_text(post.schema.paths[position]))
+    for number in outcome.lost:
+        check_cell_trace(live_cells[number], f"{type(live_cells[number]).__name__}.value")
+    remaining = iter(values)
+    all_values = [next(remaining) if write else None for write in outcome.written]
+    objects, cells = sync(
+        post,
+        [live_objects[i] if i >= 0 else None for i in outcome.objects],
+        [live_cells[i] if i >= 0 else None for i in outcome.cells],
+        all_values,
+        outcome.written,
+    )
+    for number, value in zip(outcome.lost, remaining, strict=True):
+        live_cells[number]._value = value
+    note_write()
+    for _, position, keys in outcome.draws:
+        cells[position].advance(keys)  # type: ignore[attr-defined]
+    if not outcome.holes:
+        return out
+    return jax.tree.map(
+        lambda leaf: objects[leaf.hole.number] if type(leaf) is HoleNode else leaf, out, is_leaf=_is_hole
+    )

@@ -1,0 +1,556 @@
+"""One call of a scanned function: what goes in by which axis, one trace of the body, the loop, and what comes out."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnx.core._context import RngStream
+from nnx.core._errors import StructureError, VariableError
+from nnx.core._object import Object
+from nnx.core._state import path_text
+from nnx.core._variable import Intermediate
+from nnx.core.transforms._axes import (
+    BROADCAST,
+    CARRY,
+    CARRY_ALL,
+    FRESH,
+    PARTITION_NAME,
+    SPLIT,
+    Category,
+    Change,
+    Rules,
+    Split,
+    axes_like,
+    changes,
+    common_size,
+    mapped_definition,
+    unmapped_definition,
+    without,
+)
+from nnx.core.transforms._first import First, either, reads
+from nnx.core.transforms._inputs import Call
+from nnx.core.transforms._invariant import hoisted, varying
+from nnx.core.transforms._join import live_places
+from nnx.core.transforms._lift import Packed
+from nnx.core.transforms._loops import check_returned, is_hole, settled
+from nnx.core.transforms._outcome import Outcome, finish
+from nnx.core.transforms._staging import Once, grow, is_array, zeros_of
+
+__all__ = ["Carry", "Run", "is_constructor"]
+
+
+class _CarryMark:
+    """Marks the argument, and the part of the output, that is the carry of a scan."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "nnx.Carry"
+
+
+LAST: Final = Category("as the last layer made it")
+"""What a constructor makes and no axis or layer owns."""
+
+Carry: Final = _CarryMark()
+"""In `in_axes` and `out_axes` of `nnx.scan`: the argument, and the part of the output, that is the carry."""
+
+
+def is_constructor(function: Any) -> bool:
+    """Whether a function makes a Module, and so has no carry."""
+    return inspect.isclass(function) or getattr(function, "__name__", "") == "__init__"
+
+
+class Run:
+    """One call of a scanned function.
+
+    Each value of the call has a slot: (leaf, position), with position -1 for what is no Module.
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        rules: Rules,
+        options: Mapping[str, Any],
+        bound: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.function, self.rules, self.options = function, rules, options
+        self.call = call = Call(args, kwargs)
+        self.makes = is_constructor(function)
+        self.carried: int | None = None
+        self.axes = self._leaf_axes(options["in_axes"], bound, args)
+        defaults = [_default(self.axes[i]) for i in call.packed]
+        self.assigned = rules.assign(call, defaults)
+        self.roots = {position: k for k, position in enumerate(call.packed)}
+        self.length = common_size("nnx.scan", self._sizes(), options["length"])
+        self.split = Split(call, self.assigned, self.length)
+        self.first: First | None = None
+        self._before = self
+        self.definitions: dict[int, Any] = {}
+        self.carry: dict[tuple[int, int], Any] = {}
+        self.xs: dict[tuple[int, int], Any] = {}
+        for i, leaf in enumerate(call.leaves):
+            if type(leaf) is not Packed:
+                self._sort((i, -1), leaf, self.axes[i])
+                continue
+            root = self.roots[i]
+            categories = self.assigned[root]
+            sliced = any(isinstance(category, int) for category in categories)
+            self.definitions[i] = mapped_definition(leaf.moduledef, categories) if sliced else leaf.definition
+            for position, (value, category) in enumerate(zip(leaf.values, categories, strict=True)):
+                self._sort((i, position), value, category)
+
+    # What goes in
+
+    def _leaf_axes(self, in_axes: Any, bound: int, args: tuple[Any, ...]) -> list[Any]:
+        call = self.call
+        count = len(args)
+        axes: list[Any] = [CARRY] * (call.spans[bound - 1][1] if bound else 0)
+        if isinstance(in_axes, list):
+            in_axes = tuple(in_axes)
+        marked = isinstance(in_axes, tuple) and any(axis is Carry for axis in in_axes)
+        if in_axes is Carry:
+            in_axes, marked = (Carry,), True
+        if marked:
+            if len(in_axes) != count - bound or sum(axis is Carry for axis in in_axes) > 1:
+                raise ValueError(
+                    f"in_axes of nnx.scan is {in_axes}: with nnx.Carry it has an entry for each of the "
+                    f"{count - bound} positional arguments, and one of them is nnx.Carry"
+                )
+            for n, axis in enumerate(in_axes, start=bound):
+                if axis is Carry:
+                    self.carried = n
+                    axes += [CARRY_ALL] * (call.spans[n][1] - call.spans[n][0])
+                else:
+                    axes += axes_like("nnx.scan", axis, call, n, f"argument {n - bound}")
+        else:
+            rest = list(in_axes) if isinstance(in_axes, tuple) else None
+            for n in range(bound, count):
+                width = call.spans[n][1] - call.spans[n][0]
+                if isinstance(args[n], Object):
+                    axes += [0 if self.makes and n == 0 else CARRY]
+                elif self.makes:
+                    axes += [None] * width
+                elif self.carried is None:
+                    self.carried = n
+                    axes += [CARRY_ALL] * width
+                else:
+                    if rest is not None and not rest:
+                        raise ValueError(
+                            f"in_axes of nnx.scan is {in_axes}: too few entries for the arguments after the carry"
+                        )
+                    axis = in_axes if rest is None else rest.pop(0)
+                    axes += axes_like("nnx.scan", axis, call, n, f"argument {n - bound}")
+            if rest:
+                raise ValueError(f"in_axes of nnx.scan is {in_axes}: more entries than arguments after the carry")
+        axes += [CARRY if type(leaf) is Packed else None for leaf in call.leaves[slice(*call.spans[-1])]]
+        return [
+            None if isinstance(axis, int) and type(leaf) is not Packed and not is_array(leaf) else axis
+            for leaf, axis in zip(call.leaves, axes, strict=True)
+        ]
+
+    def _sizes(self) -> list[tuple[str, Any, int]]:
+        call = self.call
+        sizes: list[tuple[str, Any, int]] = []
+        for i, (leaf, axis) in enumerate(zip(call.leaves, self.axes, strict=True)):
+            if type(leaf) is not Packed:
+                if isinstance(axis, int):
+                    sizes.append((f"leaf {i} of the arguments", leaf, axis))
+                continue
+            root = self.roots[i]
+            kind = type(call.frame.roots[root]).__name__
+            paths = call.frame.layouts[root].moduledef.schema.paths
+            for path, value, category in zip(paths, leaf.values, self.assigned[root], strict=True):
+                if isinstance(category, int):
+                    sizes.append((f"`{path_text(path)}` of the {kind}", value, category))
+        return sizes
+
+    def _sort(self, slot: tuple[int, int], value: Any, category: Any) -> None:
+        if category is CARRY or category is CARRY_ALL:
+            self.carry[slot] = value
+        elif category is SPLIT:
+            self.xs[slot] = self.split.keys[self.roots[slot[0]], slot[1]]
+        elif isinstance(category, int):
+            self.xs[slot] = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, category, 0), value)
+
+    def _leaves(self, carry: Sequence[Any], xs: Sequence[Any]) -> list[Any]:
+        found = {**dict(zip(self.carry, carry, strict=True)), **dict(zip(self.xs, xs, strict=True))}
+        leaves = []
+        for i, leaf in enumerate(self.call.leaves):
+            if type(leaf) is not Packed:
+                leaves.append(found.get((i, -1), leaf))
+                continue
+            values = list(leaf.values)
+            for position, category in enumerate(self.assigned[self.roots[i]]):
+                if (i, position) in found:
+                    value = found[i, position]
+                    values[position] = (value, np.uint32(0)) if category is SPLIT else value
+            leaves.append(Packed(self.definitions[i], values))
+        return leaves
+
+    def trace(self) -> Once:
+        """Trace the body for one run."""
+
+        def body(carry: list[Any], xs: list[Any]) -> Any:
+            out, values, outcome = self.call.run(self.function, self._leaves(carry, xs))
+            return self._parts(out), (out if self.makes else None, values, outcome)
+
+        def first(x: Any) -> Any:
+            if not self.length:
+                return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+            return jax.eval_shape(lambda x: jax.lax.index_in_dim(x, 0, keepdims=False), x)
+
+        return Once(body, list(self.carry.values()), jax.tree.map(first, list(self.xs.values())))
+
+    def _parts(self, out: Any) -> tuple[Any, Any]:
+        """What the function returned, as the carry and the rest."""
+        out_axes = self.options["out_axes"]
+        if self.carried is None:
+            return None, out
+        if out_axes is None or out_axes is Carry:
+            return out, None
+        if isinstance(out_axes, (tuple, list)) and any(axis is Carry for axis in out_axes):
+            if not isinstance(out, tuple) or len(out) != len(out_axes):
+                raise StructureError(
+                    f"the body of nnx.scan returns {len(out_axes)} parts by its out_axes, got {_count(out)}"
+                )
+            at = [axis is Carry for axis in out_axes].index(True)
+            return out[at], out[:at] + out[at + 1 :]
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise StructureError(
+                f"the body of nnx.scan, `{getattr(self.function, '__qualname__', self.function)}`, returns (carry, y), "
+                f"got {_count(out)}; with out_axes=None it returns the carry alone"
+            )
+        return out
+
+    def _out_axes(self) -> Any:
+        out_axes = self.options["out_axes"]
+        if isinstance(out_axes, (tuple, list)):
+            return tuple(axis for axis in out_axes if axis is not Carry)
+        return out_axes
+
+    # What comes out
+
+    def _category(self, change: Change) -> Any:
+        if change.place is not None:
+            category = self.assigned[change.place[0]][change.place[1]]
+            return 0 if category is FRESH else category
+        found = self.rules.explicit(*change.entry, None)
+        if found is CARRY and self.makes:
+            return LAST
+        if found is not None:
+            return found
+        return 0 if self.makes or issubclass(change.entry[1], Intermediate) else CARRY
+
+    def _is_split(self, change: Change) -> bool:
+        return change.place is not None and self.assigned[change.place[0]][change.place[1]] is SPLIT
+
+    def _kept(self, once: Once) -> tuple[list[tuple[int, Change, Any]], Outcome]:
+        """The changes that come out, each with the number of its value and its category."""
+        _, (_, _, outcome) = once.out
+        every = changes(self.call.frame, outcome)
+        outcome, kept = without(self.call.frame, outcome, self._is_split)
+        return [
+            (i, change, self._category(change))
+            for i, (change, keep) in enumerate(zip(every, kept, strict=True))
+            if keep
+        ], outcome
+
+    def must_grow(self, once: Once) -> bool:
+        """Whether the body makes Variables that are carried."""
+        return any(change.place is None and category is CARRY for _, change, category in self._kept(once)[0])
+
+    def grow(self, once: Once) -> None:
+        """Make these Variables before the first run, as zeros."""
+        _, (_, values, outcome) = once.out
+        axes = {change.number: category for _, change, category in self._kept(once)[0] if change.place is None}
+
+        shared = {change.number: i for i, change, category in self._kept(once)[0] if category is BROADCAST}
+        constant = self._constant(once, self._kept(once)[0])
+
+        def start(index: int, shape: Any) -> Any:
+            if index in shared:
+                return constant[shared[index]]
+            value = zeros_of(shape)
+            axis = axes.get(index)
+            if not isinstance(axis, int):
+                return value
+            return jnp.moveaxis(jnp.broadcast_to(value, (self.length, *value.shape)), 0, axis)
+
+        grow(self.call, values, outcome, start)
+
+    def note_first(self, before: Run, once_before: Once, once: Once) -> None:
+        """Run the body that makes Variables first, if a run after it sees what that one wrote.
+
+        Raises:
+            StructureError: a run would see a slice of its own of what the first run makes for all.
+        """
+        first = First(before.call.frame, once_before, self.call.frame, once_before.out[1][2])
+        slots = {(root, position): (self.call.packed[root], position) for root, position in first.made}
+        inputs = list(self.carry) + list(self.xs)
+        tree: Any = jax.tree.structure((list(self.carry.values()), list(self.xs.values())))
+        carry, xs = jax.tree.unflatten(tree, list(range(tree.num_leaves)))
+        numbers = dict(zip(inputs, [*carry, *xs], strict=True))
+
+        def seen(slot: tuple[int, int]) -> bool:
+            return slot in numbers and reads(once, jax.tree.leaves(numbers[slot]))
+
+        sliced = [slot for slot in slots.values() if slot in self.xs and seen(slot)]
+        if sliced:
+            names = [self._slot_name(slot) for slot in sliced]
+            raise StructureError(
+                f"the body of nnx.scan makes {', '.join(names)}, of which each run has a slice of its own, together "
+                "with Variables that are carried, and reads it: the runs after the first would find it, and not make "
+                "it. Make it before the scan"
+            )
+        written = {change.place for _, change, category in self._kept(once)[0] if category is CARRY}
+        carried = [place for place, slot in slots.items() if slot in self.carry]
+        if any(place not in written or seen(slots[place]) for place in carried):
+            self.first, self._before = first, before
+
+    def _slot_name(self, slot: tuple[int, int]) -> str:
+        root = self.roots[slot[0]]
+        path = self.call.frame.layouts[root].moduledef.schema.paths[slot[1]]
+        return f"`{path_text(path)}` of the {type(self.call.frame.roots[root]).__name__}"
+
+    def _run_first(self, once: Once, carry: Sequence[Any], xs: Sequence[Any]) -> Any:
+        """What the run gives that makes Variables, as `_run_later` gives it."""
+        first, before = self.first, self._before
+        assert first is not None
+        given = {**dict(zip(self.carry, carry, strict=True)), **dict(zip(self.xs, xs, strict=True))}
+
+        def value(slot: tuple[int, int], own: Any) -> Any:
+            leaf, position = slot
+            at = first.place(self.roots[leaf], position) if position >= 0 else None
+            return given.get(slot if position < 0 else (self.call.packed[at[0]], at[1]) if at else slot, own)
+
+        inputs = [[value(slot, own) for slot, own in part.items()] for part in (before.carry, before.xs)]
+        (carry_out, y), (_, values, _) = first.run(*inputs)
+        written = first.written(values)
+        following = self._following(carry, carry_out, written, first.drawn)
+        slices = [
+            written[change.place]
+            if change.place in written
+            else given[self.call.packed[change.place[0]], change.place[1]]
+            for _, change, category in self._kept(once)[0]
+            if isinstance(category, int) and change.place is not None
+        ]
+        return following, (y, slices)
+
+    def _run_later(self, once: Once, carry: Sequence[Any], xs: Sequence[Any]) -> Any:
+        result = once(carry, xs)
+        (_, y), (_, values, _) = result
+        slices = [values[i] for i, _, category in self._kept(once)[0] if _is_stacked(category)]
+        return self._next_carry(once, carry, result), (y, slices)
+
+    def _next_carry(self, once: Once, carry: Sequence[Any], result: Any, *, abstract: bool = False) -> list[Any]:
+        (carry_out, _), (_, values, _) = result
+        places = {change.place: values[i] for i, change, category in self._kept(once)[0] if category is CARRY}
+        return self._following(carry, carry_out, places, {} if abstract else self._draws(once.out[1][2]))
+
+    def _following(self, carry: Sequence[Any], carry_out: Any, places: Any, draws: Any) -> list[Any]:
+        leaves: dict[int, Any] = {}
+        if self.carried is not None:
+            span = self.call.spans[self.carried]
+            leaves = dict(zip(range(*span), jax.tree.leaves(carry_out, is_leaf=is_hole), strict=True))
+        following = []
+        for (i, position), value in zip(self.carry, carry, strict=True):
+            if position < 0:
+                following.append(leaves[i])
+                continue
+            place = (self.roots[i], position)
+            keys = draws.get(place, 0)
+            following.append(places.get(place, (value[0], value[1] + np.uint32(keys)) if keys else value))
+        return following
+
+    def _draws(self, outcome: Outcome) -> dict[tuple[int, int], int]:
+        if outcome.post is None:
+            return {(root, position): keys for root, position, keys in outcome.draws}
+        at = live_places(self.call.frame)
+        return {at[outcome.cells[i]]: keys for _, i, keys in outcome.draws}
+
+    def settle(self, once: Once) -> bool:
+        """Check the carry, and give what goes into the first run the types of what comes out of it."""
+        if self.carried is not None:
+            span = self.call.spans[self.carried]
+            check_returned("nnx.scan", self.call, span, self.call.structure(self.carried), once.out[0][0])
+        following = self._next_carry(once, list(self.carry.values()), once.out, abstract=True)
+        changed = False
+        for (i, position), new in zip(list(self.carry), following, strict=True):
+            own = self.carry[i, position]
+            if position < 0:
+                start = self.call.spans[self.carried][0] if self.carried is not None else 0
+                value = settled("nnx.scan", f"leaf {i - start} of the carry", own, new)
+            else:
+                root = self.roots[i]
+                path, kind, _ = self.call.frame.layouts[root].moduledef.schema.entries[position]
+                name = f"`{path_text(path)}` of the {type(self.call.frame.roots[root]).__name__}"
+                value = settled("nnx.scan", name, own, new, variable=True, fresh=issubclass(kind, Intermediate))
+            changed = changed or value is not own
+            self.carry[i, position] = value
+        return changed
+
+    def finish(self, once: Once) -> Any:
+        """Run, and write back."""
+        kept, outcome = self._kept(once)
+        if outcome.lost:
+            names = [change.name for _, change, _ in kept if change.place is not None and change.number is None]
+            raise VariableError(
+                f"the body of nnx.scan writes to {', '.join(names)} and then lets go of it: the runs after it would "
+                "not find it. Keep the attribute, or leave its value alone"
+            )
+        constant = self._constant(once, kept)
+        stacked = [(i, category) for i, _, category in kept if _is_stacked(category)]
+
+        def step(state: Any, xs: list[Any]) -> Any:
+            carry, is_first = state
+            later = functools.partial(self._run_later, once)
+            if self.first is None:
+                carry, given = later(carry, xs)
+                return (carry, is_first), given
+            carry, given = either(is_first, functools.partial(self._run_first, once), later, carry, xs)
+            return (carry, jnp.bool_(False)), given
+
+        (final, _), (ys, slices) = jax.lax.scan(
+            step,
+            (list(self.carry.values()), None if self.first is None else jnp.bool_(True)),
+            list(self.xs.values()),
+            length=self.length,
+            reverse=self.options["reverse"],
+            unroll=self.options["unroll"],
+        )
+        found = dict(constant)
+        for (i, axis), value in zip(stacked, slices, strict=True):
+            found[i] = jax.tree.map(functools.partial(self._whole, axis), value)
+        last = dict(zip(self.carry, final, strict=True))
+        for i, change, category in kept:
+            if category is CARRY and change.place is not None:
+                root, position = change.place
+                found[i] = last[self.call.packed[root], position]
+        values = [found[i] for i, _, _ in kept]
+        out = self._output(once, ys, last)
+        result = finish(self.call.frame, out, values, self._outcome_outside(outcome, kept))
+        if self.first is not None:
+            self._finish_first(last, {change.place for _, change, _ in kept})
+        self.split.finish()
+        return result
+
+    def _whole(self, axis: Any, stacked: Any) -> Any:
+        if axis is not LAST:
+            return jnp.moveaxis(stacked, 0, axis)
+        return stacked[0 if self.options["reverse"] else -1]
+
+    def _finish_first(self, last: Mapping[tuple[int, int], Any], written: set[Any]) -> None:
+        """Write what is carried and what the first run alone writes, and what each stream came to."""
+        places = [
+            (self.roots[leaf], position)
+            for leaf, position in self.carry
+            if position >= 0 and (self.roots[leaf], position) not in written
+        ]
+        layouts = self.call.frame.layouts
+        writes: dict[int, list[int]] = {}
+        for root, position in sorted(places):
+            writes.setdefault(root, []).append(position)
+        streams = any(isinstance(layouts[root].cells[position], RngStream) for root, position in places)
+        values = [last[self.call.packed[root], position] for root, position in sorted(places)]
+        outcome = Outcome(tuple((root, tuple(positions)) for root, positions in writes.items()), streams=streams)
+        finish(self.call.frame, None, values, outcome)
+
+    def _constant(self, once: Once, kept: Sequence[tuple[int, Change, Any]]) -> dict[int, Any]:
+        """The values of shared Variables that the body wrote, computed outside of the loop."""
+        wanted = [(i, change) for i, change, category in kept if category is BROADCAST]
+        if not wanted:
+            return {}
+        numbers = jax.tree.unflatten(jax.tree.structure(once.out), list(range(len(once.closed.out_avals))))
+        values = numbers[1][1]
+        differs = varying(once.closed)
+        bad = [change.name for i, change in wanted if any(differs[k] for k in jax.tree.leaves(values[i]))]
+        if bad:
+            raise VariableError(
+                f"inside of nnx.scan the shared {', '.join(bad)} got values that differ from run to run. Carry it, "
+                "variable_carry=filter, or give each run its own, variable_axes={filter: 0}"
+            )
+        positions = [k for i, _ in wanted for k in jax.tree.leaves(values[i])]
+        found = iter(hoisted(once.closed, positions))
+        return {i: jax.tree.map(lambda _: next(found), values[i]) for i, _ in wanted}
+
+    def _output(self, once: Once, ys: Any, last: Mapping[tuple[int, int], Any]) -> Any:
+        out_axes = self._out_axes()
+        if out_axes not in (0, None) or (out_axes is None and self.carried is None):
+            ys = _move(out_axes if out_axes is not None else 0, ys)
+        if self.makes:
+            return once.out[1][0] if is_hole(once.out[1][0]) else ys
+        if self.carried is None:
+            return ys
+        tree = self.call.structure(self.carried)
+        span = self.call.spans[self.carried]
+        holes = jax.tree.leaves(once.out[0][0], is_leaf=is_hole)
+        leaves = [hole if is_hole(hole) else last[i, -1] for i, hole in zip(range(*span), holes, strict=True)]
+        carry = jax.tree.unflatten(tree, leaves)
+        own = self.options["out_axes"]
+        if own is None or own is Carry:
+            return carry
+        if isinstance(own, (tuple, list)) and any(axis is Carry for axis in own):
+            at = [axis is Carry for axis in own].index(True)
+            return (*ys[:at], carry, *ys[at:])
+        return carry, ys
+
+    def _outcome_outside(self, outcome: Outcome, kept: Sequence[tuple[int, Change, Any]]) -> Outcome:
+        """The Outcome as the caller sees it: draws of all runs, and the metadata of the whole axis."""
+        times = self._times
+        if outcome.post is None:
+            return outcome._replace(
+                draws=tuple((root, position, keys * times((root, position))) for root, position, keys in outcome.draws)
+            )
+        at = live_places(self.call.frame)
+        axes = {change.number: category for _, change, category in kept}
+        every: list[Any] = []
+        originals: list[Any] = []
+        for i, origin in enumerate(outcome.cells):
+            if origin < 0:
+                every.append(axes.get(i))
+                originals.append(None)
+            else:
+                root, position = at[origin]
+                every.append(self.assigned[root][position])
+                originals.append(self.call.frame.layouts[root].moduledef.schema.entries[position][2])
+        name = (self.options["metadata_params"] or {}).get(PARTITION_NAME)
+        assert outcome.post is not None
+        return outcome._replace(
+            post=unmapped_definition(outcome.post, every, originals, name),
+            draws=tuple((-1, i, keys * times(at[outcome.cells[i]])) for _, i, keys in outcome.draws),
+        )
+
+    def _times(self, place: tuple[int, int]) -> int:
+        if self.first is not None and self.assigned[place[0]][place[1]] is CARRY:
+            return 0  # the count is carried
+        return self.length if self.assigned[place[0]][place[1]] is CARRY else 1
+
+
+def _is_stacked(category: Any) -> bool:
+    return isinstance(category, int) or category is LAST
+
+
+def _default(axis: Any) -> Any:
+    return BROADCAST if axis is None else axis
+
+
+def _count(out: Any) -> str:
+    return f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
+
+
+def _move(axes: Any, ys: Any) -> Any:
+    try:
+        return jax.tree.map(lambda axis, below: jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, axis), below), axes, ys)
+    except ValueError:
+        raise ValueError(
+            f"out_axes of nnx.scan does not fit its output: {axes!r} is no prefix of {jax.tree.structure(ys)}"
+        ) from None

@@ -1,0 +1,62 @@
+"""Ahead-of-time compilation: JAX's stages, whose last takes Modules."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from nnx.core.transforms._lift import Frame, lifting
+from nnx.core.transforms._outcome import finish
+
+__all__ = ["Compiled", "Lowered", "Traced"]
+
+
+class _Wrapped(Protocol):
+    def _prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, static: bool
+    ) -> tuple[Frame, tuple[Any, ...], dict[str, Any]]: ...
+
+
+class _Stage:
+    """A stage of ahead-of-time compilation: JAX's own, and what it takes to call the result with Modules."""
+
+    def __init__(self, wrapped: _Wrapped, stage: Any, bound: tuple[Any, ...] = ()) -> None:
+        self._wrapped = wrapped
+        self._stage = stage
+        self._bound_to = bound
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
+
+
+class Traced(_Stage):
+    """A traced function of Modules: `jax.stages.Traced`, whose `lower()` leads to one that takes Modules."""
+
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+        """Lower."""
+        return Lowered(self._wrapped, self._stage.lower(*args, **kwargs), self._bound_to)
+
+
+class Lowered(_Stage):
+    """A lowered function of Modules: `jax.stages.Lowered` with `compile()` giving a function that takes Modules."""
+
+    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
+        """Compile."""
+        return Compiled(self._wrapped, self._stage.compile(*args, **kwargs), self._bound_to)
+
+
+class Compiled(_Stage):
+    """A compiled function of Modules; call it with arguments of the same structure and shapes.
+
+    Static arguments are part of what was compiled: leave them out, as with `jax.stages.Compiled`.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it, as the function itself without its static arguments.
+
+        Raises:
+            TypeError: the structure or the shapes are others than those it was compiled for.
+        """
+        frame, args, kwargs = self._wrapped._prepare(self._bound_to + args, kwargs, static=False)
+        with lifting(frame):
+            out, values, outcome = self._stage(*args, **kwargs)
+        return finish(frame, out, values, outcome)

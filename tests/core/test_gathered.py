@@ -1,0 +1,247 @@
+"""A compiled function sees every write, however it was made, and no array is kept that a write has replaced."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.core.models import Leaf
+
+import nnx
+from nnx.core._layout import layout_of
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.a = Leaf(1.0)
+        self.b = Leaf(2.0)
+        self.buffer = jnp.float32(3)
+        self.numpy = np.ones(2, np.float32)
+        self.node = nnx.Node({"x": jnp.float32(4), "y": np.ones(1, np.float32)})
+        self.seen = nnx.BatchStat(jnp.float32(0))
+
+
+@nnx.jit
+def read(model):
+    leaves = jax.tree.leaves(model.partition()[0])
+    return jnp.stack([jnp.sum(leaf) for leaf in leaves])
+
+
+def in_eager(model):
+    return np.array([np.sum(leaf) for leaf in jax.tree.leaves(model.partition()[0])])
+
+
+def jitted_write(model):
+    nnx.jit(lambda m: setattr(m.a, "w", m.a.w + 1))(model)
+
+
+def jitted_write_to_a_part(model):
+    nnx.jit(lambda leaf: setattr(leaf, "w", leaf.w * 3))(model.a)
+
+
+def donated_write(model):
+    nnx.jit(lambda m: setattr(m.b, "w", m.b.w + m.a.w), donate_argnums=0)(model)
+
+
+def write_beside_another(model):
+    def both(m, other):
+        m.a.w = other.w
+        other.w = m.b.w
+
+    nnx.jit(both)(model, Leaf(9.0))
+
+
+def gradient(model):
+    def loss(m):
+        m.seen = m.a.w * 2
+        return m.a.w * m.b.w
+
+    nnx.grad(loss)(model)
+
+
+def loop(model):
+    def body(i, m):
+        m.a.w = m.a.w + i
+        return m
+
+    nnx.fori_loop(0, 3, body, model)
+
+
+def branch(model):
+    nnx.cond(True, lambda m: setattr(m.a, "w", m.a.w - 1), lambda m: None, model)
+
+
+def optimizer_like(model):
+    model.update_state(model.filter(nnx.Param).map(lambda path, value: value * 2))
+
+
+def variable(model):
+    model.a.get_variable("w").value = jnp.float32(7)
+
+
+def tied(model):
+    model.a.w = nnx.Param(jnp.float32(8))
+
+
+def by_path(model):
+    for leaf in model.mutable_state_dict().values():
+        if leaf.collection == "params":
+            leaf.value = leaf.value + 5
+
+
+def from_another(model):
+    other = Model()
+    other.a.w = jnp.float32(11)
+    model.update_state(other)
+
+
+def from_a_pure(model):
+    state, moduledef = model.partition()
+    state = state.map(lambda path, value: jax.tree.map(lambda leaf: leaf + 1, value))
+    model.update_state(moduledef.merge(state).partition())
+
+
+def in_place(model):
+    model.numpy[0] = 5
+    model.node["y"][0] = 6
+
+
+WRITES = {
+    "attribute": lambda model: setattr(model.a, "w", jnp.float32(5)),
+    "attribute of the root": lambda model: setattr(model, "seen", jnp.float32(5)),
+    "buffer": lambda model: setattr(model, "buffer", jnp.float32(5)),
+    "numpy": lambda model: setattr(model, "numpy", np.zeros(2, np.float32)),
+    "node": lambda model: setattr(model, "node", {"x": jnp.float32(0), "y": np.ones(1, np.float32)}),
+    "augmented": lambda model: setattr(model.b, "w", model.b.w + 1),
+    "swapped": lambda model: setattr(model, "a", Leaf(5.0)),
+    "deleted and made": lambda model: (delattr(model, "seen"), setattr(model, "seen", nnx.BatchStat(jnp.float32(3)))),
+    **{
+        function.__name__: function
+        for function in (
+            jitted_write,
+            jitted_write_to_a_part,
+            donated_write,
+            write_beside_another,
+            gradient,
+            loop,
+            branch,
+            optimizer_like,
+            variable,
+            tied,
+            by_path,
+            from_another,
+            from_a_pure,
+            in_place,
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_every_write_is_seen(name):
+    model = Model()
+    before = read(model)
+    assert layout_of(model).values is not None  # what the next call would take
+    np.testing.assert_array_equal(before, in_eager(model))
+    for _ in range(2):
+        WRITES[name](model)
+        np.testing.assert_array_equal(read(model), in_eager(model))
+        np.testing.assert_array_equal(nnx.jit(lambda leaf: leaf.w)(model.a), model.a.w)
+    if name != "tied":
+        assert not np.array_equal(in_eager(model), before)
+
+
+@pytest.mark.parametrize("name", ["attribute", "variable", "optimizer_like", "jitted_write", "jitted_write_to_a_part"])
+def test_what_was_replaced_is_freed_at_once(name):
+    model = Model()
+    read(model)
+    read(model)
+    old = weakref.ref(model.a.w)
+    gc.disable()
+    try:
+        WRITES[name](model)
+        assert old() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_is_freed_with_what_was_gathered():
+    model = Model()
+    read(model)
+    arrays = [weakref.ref(leaf) for leaf in jax.tree.leaves(model.partition()[0]) if isinstance(leaf, jax.Array)]
+    gc.disable()
+    try:
+        del model
+        assert all(array() is None for array in arrays)
+    finally:
+        gc.enable()
+
+
+def test_copies_are_apart():
+    model = Model()
+    read(model)
+    for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.clone()):
+        np.testing.assert_array_equal(read(other), read(model))
+        other.b = Leaf(20.0)
+        other.b.w = jnp.float32(30)
+        assert not np.array_equal(read(other), read(model))
+        np.testing.assert_array_equal(read(model), in_eager(model))
+
+
+def test_what_is_read_alone_and_within_another():
+    model = Model()
+    read_leaf = nnx.jit(lambda leaf: leaf.w)
+    step = nnx.jit(lambda leaf: setattr(leaf, "w", leaf.w + 1))
+    for i in range(3):
+        step(model.a)
+        assert read_leaf(model.a) == 2.0 + i
+        np.testing.assert_array_equal(read(model), in_eager(model))
+
+
+def test_a_write_in_another_thread_is_seen():
+    """A thread that swaps weights while another one serves: once it is done, nobody sees the old ones."""
+    model = Model()
+    stop = threading.Event()
+    failures = []
+
+    def serve():
+        while not stop.is_set():
+            read(model)
+
+    def swap():
+        for i in range(200):
+            model.a.w = jnp.float32(i)
+            if read(model)[0] != i:
+                failures.append(i)
+
+    serving = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in serving:
+        thread.start()
+    swap()
+    stop.set()
+    for thread in serving:
+        thread.join()
+    assert not failures
+    np.testing.assert_array_equal(read(model), in_eager(model))
+
+
+def test_traced_values_are_not_kept():
+    kept = []
+
+    @nnx.jit
+    def outer(model):
+        inner = nnx.jit(lambda m: m.a.w + m.b.w)
+        first = inner(model)
+        model.a.w = model.a.w + 10
+        kept.append(layout_of(model).values)
+        return first, inner(model)
+
+    with jax.checking_leaks():
+        first, second = outer(Model())
+    assert (float(first), float(second)) == (3.0, 13.0)
+    assert kept == [None]
