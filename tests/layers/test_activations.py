@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 import nnx
 
@@ -130,6 +131,19 @@ def test_prelu(dtype):
         y = layer(x)
     assert y.dtype == dtype
     np.testing.assert_allclose(y.astype(jnp.float32), [-1, 0, 2], rtol=1e-2)
+
+
+def test_prelu_computes_in_its_dtype():
+    y = nnx.PReLU(0.25, dtype=jnp.bfloat16)(jnp.asarray([-2.0, 3.0]))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, [-0.5, 3])
+
+
+def test_prelu_gradients_by_finite_differences(rng):
+    with jax.enable_x64(True):
+        state, definition = nnx.PReLU(0.2, param_dtype=jnp.float64).partition()
+        x = jnp.asarray(rng.normal(size=8))
+        check_grads(lambda state, x: definition.merge(state)(x), (state, x), order=1, modes=("rev",), rtol=1e-6)
 
 
 def test_prelu_learns_its_slope():

@@ -340,3 +340,24 @@ def test_masks():
     for other in (jnp.ones((3, 3)), jnp.ones((2, 1, 3, 4))):
         with pytest.raises(nnx.ShapeError, match=r"combine_masks: expected masks of one rank.*\(2, 1, 3, 3\)"):
             nnx.combine_masks(causal, other)
+
+
+@pytest.mark.parametrize("window", [0, 2, (3, 1), (0, 2)])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_windows(window, is_causal, precision, rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 6, 3, 4)), jnp.float32) for _ in range(3))
+    before, after = (window, window) if isinstance(window, int) else window
+    ahead = jnp.arange(6)[None, :] - jnp.arange(6)[:, None]
+    mask = (ahead >= -before) & (ahead <= (0 if is_causal else after))
+    options = {"precision": precision}
+    got = nnx.dot_product_attention(q, k, v, is_causal=is_causal, local_window_size=window, **options)
+    expected = nnx.dot_product_attention(q, k, v, mask=mask, **options)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_windows():
+    q = jnp.ones((1, 2, 1, 4))
+    for window in (-1, (1, 2, 3), (1, -1)):
+        with pytest.raises(ValueError, match=r"a number of positions, or a pair \(before, after\), got"):
+            nnx.dot_product_attention(q, q, q, local_window_size=window)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 import nnx
 
@@ -99,14 +100,47 @@ def test_groups(n_in, n_out, groups, rng, both):
     check(layer, x, strides=(1, 1), pads=[(1, 1), (1, 1)], dilation=(1, 1), groups=groups)
 
 
-@pytest.mark.parametrize(("padding", "strides"), [("VALID", 1), ("SAME", 1), ("SAME", 2), ([(2, 1)], 1)])
-def test_input_dilation_puts_zeros_between_inputs(padding, strides, rng, both):
-    layer = nnx.Conv(2, 3, 4, strides, padding=padding, input_dilation=2, ctx=nnx.context(0), **both)
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CAUSAL", "CIRCULAR", "REFLECT", 1, [(2, 1)]])
+@pytest.mark.parametrize(("size", "strides", "dilation", "gap"), [(4, 1, 1, 2), (3, 2, 2, 3)])
+def test_input_dilation_puts_zeros_between_inputs(size, strides, dilation, gap, padding, rng, both):
+    options = {"padding": padding, "kernel_dilation": dilation, **both}
+    layer = nnx.Conv(2, 3, size, strides, input_dilation=gap, ctx=nnx.context(0), **options)
     x = rng.normal(size=(1, 5, 2)).astype(np.float32)
-    spaced = np.zeros((1, 9, 2), np.float32)
-    spaced[:, ::2] = x
-    plain = nnx.Conv(2, 3, 4, strides, padding=padding, ctx=nnx.context(0), **both)
+    # A period has a gap after its last element too.
+    spaced = np.zeros((1, 5 * gap if padding == "CIRCULAR" else 4 * gap + 1, 2), np.float32)
+    spaced[:, ::gap] = x
+    plain = nnx.Conv(2, 3, size, strides, ctx=nnx.context(0), **options)
     np.testing.assert_allclose(layer(jnp.asarray(x)), plain(jnp.asarray(spaced)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR", "REFLECT", ((1, 0), 2)])
+def test_everything_at_once(padding, rng, both):
+    options = {"padding": padding, "kernel_dilation": (1, 2), "feature_group_count": 2}
+    layer = nnx.Conv(4, 6, (3, 2), (2, 1), input_dilation=(2, 3), **options, ctx=nnx.context(0), **both)
+    x = rng.normal(size=(2, 4, 3, 4)).astype(np.float32)
+    full = (8, 9) if padding == "CIRCULAR" else (7, 7)
+    spaced = np.zeros((2, *full, 4), np.float32)
+    spaced[:, ::2, ::3] = x
+    pads = {"SAME": same_pads(full, (3, 2), (2, 1), (1, 2)), ((1, 0), 2): [(1, 0), (2, 2)]}.get(padding, [(1, 1)] * 2)
+    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}.get(padding, "constant")
+    kernel, bias = np.asarray(layer.kernel), np.asarray(layer.bias)
+    expected = reference(spaced, kernel, bias, strides=(2, 1), pads=pads, dilation=(1, 2), groups=2, mode=mode)
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [np.int64(1), [np.int32(1)], np.array([[1, 1]]), [1], ((1, 1),)])
+def test_padding_by_numbers(padding, normal, both):
+    x = normal(2, 6, 2)
+    expected = nnx.Conv(2, 3, 3, padding=1, ctx=nnx.context(0), **both)(x)
+    np.testing.assert_array_equal(nnx.Conv(2, 3, 3, padding=padding, ctx=nnx.context(0), **both)(x), expected)
+
+
+@pytest.mark.parametrize(("padding", "mode"), [("CIRCULAR", "wrap"), ("REFLECT", "reflect")])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_kernel_longer_than_its_inputs_repeats_them(n, padding, mode, rng, both):
+    layer = nnx.Conv(2, 3, 8, padding=padding, ctx=nnx.context(0), **both)
+    x = rng.normal(size=(1, n, 2)).astype(np.float32)
+    check(layer, x, strides=(1,), pads=[(3, 4)], dilation=(1,), mode=mode)
 
 
 def test_same_lower_puts_the_odd_element_before(rng, both):
@@ -149,6 +183,29 @@ def test_fan_in_counts_the_receptive_field():
     assert float(jnp.var(layer.kernel)) == pytest.approx(1 / (9 * 50), rel=0.05)
 
 
+def test_fan_in_is_that_of_a_group():
+    layer = nnx.Conv(40, 400, (3, 3), feature_group_count=4, ctx=nnx.context(0))
+    assert float(jnp.var(layer.kernel)) == pytest.approx(1 / (9 * 10), rel=0.05)
+
+
+def test_precision_reaches_the_products(both):
+    layer = nnx.Conv(2, 3, 3, precision="highest", ctx=nnx.context(0), **both)
+    assert "HIGHEST" in str(jax.make_jaxpr(lambda x: nnx.Conv.__call__(layer, x))(jnp.ones((1, 5, 2))))
+
+
+@pytest.mark.parametrize("low", ["bfloat16", "float16"])
+@pytest.mark.parametrize("padding", ["CIRCULAR", "CAUSAL"])
+def test_half_precision_with_a_mask(padding, low, normal, both):
+    options = {"padding": padding, "mask": np.tril(np.ones((3, 4, 3))), **both}
+    x = normal(2, 6, 4)
+    exact = nnx.Conv(4, 3, 3, ctx=nnx.context(0), **options)(x)
+    layer = nnx.Conv(4, 3, 3, param_dtype=low, ctx=nnx.context(0), **options)
+    with jax.numpy_dtype_promotion("strict"):
+        y = layer(x.astype(low))
+    assert y.dtype == layer.kernel.dtype == low
+    np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.05, rtol=0.05)
+
+
 def test_options_are_static_and_a_second_model_compiles_nothing(both):
     traces = []
 
@@ -162,11 +219,15 @@ def test_options_are_static_and_a_second_model_compiles_nothing(both):
     assert len(traces) == 1
 
 
-def test_gradients_are_finite(both):
-    def loss(x):
-        return (nnx.Conv(2, 3, (3, 3), padding="REFLECT", ctx=nnx.context(0), **both)(x) ** 2).sum()
-
-    assert bool(jnp.isfinite(jax.grad(loss)(jnp.ones((1, 6, 6, 2)))).all())
+@pytest.mark.parametrize("padding", ["SAME", "CAUSAL", "CIRCULAR", "REFLECT"])
+def test_gradients_by_finite_differences(padding, rng, both):
+    with jax.enable_x64(True):
+        options = {"padding": padding, "strides": 2, "input_dilation": 2, "feature_group_count": 2}
+        layer = nnx.Conv(2, 4, 3, param_dtype=jnp.float64, ctx=nnx.context(0), **options, **both)
+        state, definition = layer.partition()
+        x = jnp.asarray(rng.normal(size=(1, 4, 2)))
+        run = jax.jit(lambda state, x: definition.merge(state)(x))
+        check_grads(run, (state, x), order=1, modes=("rev",), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 2), (8, 3), (2, 8, 8, 4), (3,)])
@@ -179,6 +240,31 @@ def test_wrong_inputs(shape, both):
         layer(jnp.ones(shape))
 
 
+@pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT"])
+def test_nothing_to_repeat(padding, both):
+    layer = nnx.Conv(3, 4, (3, 3), padding=padding, ctx=nnx.context(0), **both)
+    with pytest.raises(nnx.ShapeError, match=rf"Conv: {padding} padding repeats .* got \(1, 5, 0, 3\)"):
+        layer(jnp.ones((1, 5, 0, 3)))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", 1])
+def test_empty_space(padding, both):
+    layer = nnx.Conv(3, 4, 3, padding=padding, ctx=nnx.context(0), **both)
+    assert layer(jnp.ones((2, 0, 3))).shape == (2, 0, 4)
+    dilated = nnx.Conv(3, 4, 3, padding=padding, input_dilation=2, ctx=nnx.context(0), **both)
+    assert dilated(jnp.ones((2, 0, 3))).shape == (2, 0, 4)
+
+
+def test_errors_name_the_subclass():
+    class Stem(nnx.Conv):
+        pass
+
+    with pytest.raises(ValueError, match="Stem: strides must be positive"):
+        Stem(3, 4, 3, 0, ctx=nnx.context(0))
+    with pytest.raises(ValueError, match="Stem: unknown padding 'FULL'"):
+        Stem(3, 4, 3, padding="FULL", ctx=nnx.context(0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -186,6 +272,12 @@ def test_wrong_inputs(shape, both):
         ({"padding": "FULL"}, "unknown padding 'FULL': use one of CAUSAL, CIRCULAR, REFLECT, SAME, SAME_LOWER, VALID"),
         ({"padding": [(1, 1)]}, "for each of 2 spatial dimensions"),
         ({"padding": [(1, 1, 1), (1, 1)]}, "for each of 2 spatial dimensions"),
+        ({"padding": [1.5, 1]}, "Conv: padding needs an int, or .* for each of 2 spatial dimensions, got"),
+        ({"padding": None}, "Conv: padding needs an int, .* got None"),
+        ({"padding": ["SAME", "VALID"]}, "Conv: padding needs an int, .* got"),
+        ({"strides": 0}, r"Conv: strides must be positive, got \(0, 0\)"),
+        ({"input_dilation": (1, -1)}, r"Conv: input_dilation must be positive, got \(1, -1\)"),
+        ({"feature_group_count": 0}, "Conv: feature_group_count must be positive, got 0"),
         ({"strides": (1, 2, 3)}, "strides needs an int or 2 ints"),
         ({"kernel_dilation": (2,)}, "kernel_dilation needs an int or 2 ints"),
         ({"feature_group_count": 2}, "feature_group_count=2 must divide in_features=3 and out_features=4"),

@@ -1,4 +1,4 @@
-"""Dropout: its statistics, its flag, its edges."""
+"""Dropout and DropPath: their statistics, their flag, their edges."""
 
 import jax
 import jax.numpy as jnp
@@ -129,3 +129,53 @@ def test_one_context_gives_new_masks_through_jit():
     layer, ctx, x = nnx.Dropout(0.5), nnx.context(dropout=0), jnp.ones(100)
     run = nnx.jit(lambda layer, x, ctx: layer(x, deterministic=False, ctx=ctx))
     assert not np.array_equal(run(layer, x, ctx), run(layer, x, ctx))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_drop_path_drops_whole_examples(rate):
+    n = 20000
+    y = np.asarray(drop(nnx.DropPath(rate), jnp.ones((n, 2, 3))))
+    np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1], y.shape))
+    assert np.mean(y[:, 0, 0] == 0) == pytest.approx(rate, abs=5 * np.sqrt(rate * (1 - rate) / n))
+    np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-6)
+
+
+def test_drop_path_of_examples_along_several_axes():
+    y = np.asarray(drop(nnx.DropPath(0.5, batch_axes=(0, -2)), jnp.ones((20, 3, 30, 4))))
+    np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :, :1], y.shape))
+    assert not np.array_equal(y, np.broadcast_to(y[:, :, :1], y.shape))
+    assert not np.array_equal(y, np.broadcast_to(y[:1], y.shape))
+
+
+def test_drop_path_is_the_identity_where_nothing_is_drawn():
+    x = jnp.arange(6.0).reshape(2, 3)
+    for layer in (nnx.DropPath(0.5, deterministic=True), nnx.DropPath(0.0, deterministic=False)):
+        np.testing.assert_array_equal(layer(x), x)
+    np.testing.assert_array_equal(nnx.DropPath(0.5)(x, ctx=nnx.context(flags={"deterministic": True})), x)
+
+
+def test_drop_path_gradient_is_the_mask():
+    layer, x = nnx.DropPath(0.3), jnp.ones((50, 2))
+    np.testing.assert_array_equal(jax.grad(lambda x: drop(layer, x).sum())(x), drop(layer, x))
+    np.testing.assert_array_equal(jax.grad(lambda x: drop(nnx.DropPath(1.0), x).sum())(x), 0 * x)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_drop_path_keeps_the_dtype(dtype):
+    with jax.numpy_dtype_promotion("strict"):
+        assert drop(nnx.DropPath(0.5), jnp.ones((10, 2), dtype)).dtype == dtype
+
+
+def test_drop_path_names_itself_in_errors():
+    with pytest.raises(ValueError, match="DropPath: the rate is the probability of dropping, between 0 and 1, got 1.5"):
+        nnx.DropPath(1.5)
+    with pytest.raises(
+        nnx.ContextError, match=r"DropPath: the flag `deterministic` is not set.*nnx.DropPath\(..., det"
+    ):
+        nnx.DropPath(0.5)(jnp.ones((2, 3)))
+    with pytest.raises(nnx.ContextError, match=r"DropPath: needs a key from the random stream 'dropout'"):
+        nnx.DropPath(0.5)(jnp.ones((2, 3)), deterministic=False)
+    with pytest.raises(nnx.ShapeError, match=r"DropPath: batch_axes \(0,\) do not exist in an array with 0 dimensions"):
+        drop(nnx.DropPath(0.5), jnp.ones(()))
+    with pytest.raises(nnx.ShapeError, match="DropPath: expected floating point `inputs`, got dtype int32"):
+        drop(nnx.DropPath(0.5), jnp.ones((2, 3), int))

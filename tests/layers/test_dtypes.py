@@ -43,10 +43,13 @@ LAYERS = {
     "Linear": (lambda init, **kw: nnx.Linear(4, 6, **init, **kw), (2, 4)),
     "LinearGeneral": (lambda init, **kw: nnx.LinearGeneral(4, (2, 3), **init, **kw), (2, 4)),
     "MLP": (lambda init, **kw: nnx.MLP(4, (5,), 3, **init, **kw), (2, 4)),
+    "Einsum": (lambda init, **kw: nnx.Einsum("nta,hab->nthb", (2, 4, 3), (2, 3), **init, **kw), (2, 5, 4)),
     "Conv": (lambda init, **kw: nnx.Conv(4, 6, (3,), **init, **kw), (2, 5, 4)),
+    "ConvTranspose": (lambda init, **kw: nnx.ConvTranspose(4, 6, 3, 2, padding="CIRCULAR", **init, **kw), (2, 4, 4)),
     "LayerNorm": (lambda _, **kw: nnx.LayerNorm(4, **kw), (2, 4)),
     "RMSNorm": (lambda _, **kw: nnx.RMSNorm(4, **kw), (2, 4)),
     "GroupNorm": (lambda _, **kw: nnx.GroupNorm(4, 2, **kw), (2, 5, 4)),
+    "InstanceNorm": (lambda _, **kw: nnx.InstanceNorm(4, **kw), (2, 5, 4)),
     "BatchNorm": (lambda _, **kw: nnx.BatchNorm(4, use_running_average=False, **kw), (8, 4)),
     "BatchNorm evaluated": (lambda _, **kw: nnx.BatchNorm(4, use_running_average=True, **kw), (8, 4)),
     "MultiHeadAttention": (lambda init, **kw: nnx.MultiHeadAttention(2, 4, normalize_qk=True, **init, **kw), (2, 3, 4)),
@@ -54,7 +57,15 @@ LAYERS = {
         lambda init, **kw: nnx.MultiHeadAttention(2, 4, precision="highest", **init, **kw),
         (2, 3, 4),
     ),
+    "LSTMCell": (lambda init, **kw: recurrent(nnx.LSTMCell, init, **kw), (2, 5, 4)),
+    "OptimizedLSTMCell": (lambda init, **kw: recurrent(nnx.OptimizedLSTMCell, init, **kw), (2, 5, 4)),
+    "GRUCell": (lambda init, **kw: recurrent(nnx.GRUCell, init, **kw), (2, 5, 4)),
+    "SimpleCell": (lambda init, **kw: recurrent(nnx.SimpleCell, init, **({"dtype": None} | kw)), (2, 5, 4)),
 }
+
+
+def recurrent(cell, init, **options):
+    return nnx.RNN(cell(4, 3, **init, recurrent_kernel_init=init["kernel_init"], **options))
 
 
 @nnx.jit

@@ -180,6 +180,7 @@ NORMS = {
     "LayerNorm": lambda **kw: nnx.LayerNorm(4, **kw),
     "RMSNorm": lambda **kw: nnx.RMSNorm(4, **kw),
     "GroupNorm": lambda **kw: nnx.GroupNorm(4, 2, **kw),
+    "InstanceNorm": lambda **kw: nnx.InstanceNorm(4, **kw),
 }
 
 
@@ -294,7 +295,7 @@ def test_layer_norm_over_a_mapped_axis(rng):
     np.testing.assert_allclose(jax.vmap(run, axis_name="i")(jnp.asarray(x)), normal, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm"])
+@pytest.mark.parametrize("name", NORMS)
 def test_wrong_features(name):
     with pytest.raises(nnx.ShapeError, match=rf"{name}: expected `x` .*4.*num_features.*got \(2, 3\)"):
         NORMS[name](ctx=nnx.context(0))(jnp.ones((2, 3)))

@@ -92,13 +92,22 @@ class PReLU(Module):
 
     negative_slope: jax.Array
 
-    def __init__(self, negative_slope_init: float = 0.01, *, param_dtype: DTypeLike = jnp.float32) -> None:
+    def __init__(
+        self,
+        negative_slope_init: float = 0.01,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> None:
         """Makes the layer.
 
         Args:
             negative_slope_init: the slope to start from.
+            dtype: dtype to compute in; `None` takes that of the inputs.
             param_dtype: dtype of the slope.
         """
+        self.dtype = dtype
+        self.param_dtype = param_dtype
         self.negative_slope = as_value(Param(jnp.asarray(negative_slope_init, param_dtype)))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -108,12 +117,15 @@ class PReLU(Module):
             inputs: any shape, floating point.
 
         Returns:
-            An array of the shape and dtype of `inputs`.
+            An array of the shape of `inputs`.
 
         Raises:
             ShapeError: `inputs` are integers, which have no fractional slope.
         """
         if not jnp.issubdtype(inputs.dtype, jnp.floating):
             raise ShapeError(f"PReLU: expected floating point `inputs`, got dtype {inputs.dtype.name}")
-        (slope,) = promote_dtype((self.negative_slope,), dtype=inputs.dtype)
-        return jnp.where(inputs >= 0, inputs, slope * inputs)
+        # Not the common type: a slope is a number that should not widen half precision.
+        x, slope = promote_dtype(
+            (inputs, self.negative_slope), dtype=inputs.dtype if self.dtype is None else self.dtype
+        )
+        return jnp.where(x >= 0, x, slope * x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -32,16 +32,46 @@ def as_value(variable: Variable[Any]) -> Any:
     return variable
 
 
-def make_param(ctx: Context, init: Initializer, shape: Sequence[int], dtype: DTypeLike) -> Any:
-    """A new Param from the Context's stream "params".
+def make_param(
+    ctx: Context, init: Initializer, shape: Sequence[int], dtype: DTypeLike, kind: type[Variable[Any]] = Param
+) -> Any:
+    """A new Param, or Variable of another kind, from the Context's stream "params".
 
-    What the initializer returns goes to Param as it is: it may be a box that carries metadata such as sharding names.
+    What the initializer returns goes to it as it is: it may be a box that carries metadata such as sharding names.
     """
     if not isinstance(ctx, Context):
         raise ContextError(
             f"`ctx` is a Context, such as nnx.context({ctx if isinstance(ctx, int) else 0}), got {ctx!r}"
         )
-    return as_value(Param(init(ctx.make_rng("params"), tuple(shape), dtype)))
+    # The stream advances either way, so that which keys the others get does not depend on one parameter's initializer.
+    key: Any = None
+    if initializers.takes_key(init):
+        key = ctx.make_rng("params")
+    else:
+        ctx.skip_rng("params")
+    return as_value(kind(init(key, tuple(shape), dtype)))
+
+
+def make_arranged_param(
+    kind: str,
+    ctx: Context,
+    init: Initializer,
+    shape: Sequence[int],
+    dtype: DTypeLike,
+    arrange: Callable[[jax.Array], jax.Array],
+) -> Any:
+    """A new Param whose initializer makes `shape`, inputs before outputs as fans look for them, laid out by `arrange`.
+
+    Metadata is about the parameter and not about what the initializer made: it stays as it is.
+    """
+    param = make_param(ctx, init, shape, dtype)
+    if jnp.shape(param.value) != tuple(shape):
+        raise ShapeError(
+            f"{kind}: expected the initializer to make an array of the shape {tuple(shape)} that it was called with,"
+            f" which the layer rearranges to its kernel, got {jnp.shape(param.value)}"
+        )
+    param.value = arrange(param.value)
+    return param
 
 
 def resolve_flag(
@@ -92,12 +122,14 @@ def as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
 
 
 def per_dimension(value: int | Iterable[int] | None, rank: int, what: str) -> tuple[int, ...]:
-    """`value` for each of `rank` dimensions: an int is repeated, None is 1."""
+    """`value` for each of `rank` dimensions, all positive: an int is repeated, None is 1."""
     values = (1,) * rank if value is None else as_tuple(value)
     if not isinstance(value, Iterable):
         values = values[:1] * rank
     if len(values) != rank:
         raise ValueError(f"{what} needs an int or {rank} ints, one to a spatial dimension, got {values}")
+    if any(step < 1 for step in values):
+        raise ValueError(f"{what} must be positive, got {values}")
     return values
 
 

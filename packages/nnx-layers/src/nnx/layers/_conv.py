@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -29,30 +29,81 @@ __all__ = ["Conv"]
 PaddingLike = str | int | Sequence[int | tuple[int, int]]
 Padding = str | tuple[tuple[int, int], ...]
 
-# Padding that `lax` does not know: done by `jnp.pad` in one of these modes before a VALID convolution.
-_PAD_MODES = {"CAUSAL": "constant", "CIRCULAR": "wrap", "REFLECT": "reflect"}
 _LAX_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
+# Padding with the inputs' own elements, which `lax` does not do and `jnp.pad` does in these modes.
+_PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
-def canonicalize_padding(padding: PaddingLike, rank: int, extra: Sequence[str] = ()) -> Padding:
-    """A padding as one of the known names or a tuple of `rank` pairs (before, after)."""
+def canonicalize_padding(padding: PaddingLike, rank: int, kind: str, names: Sequence[str] = _LAX_PADDINGS) -> Padding:
+    """A padding as one of `names` or a tuple of `rank` pairs (low, high); errors begin with `kind`, the layer."""
     if isinstance(padding, str):
-        known = sorted((*_LAX_PADDINGS, *extra))
-        if padding.upper() not in known:
+        if padding.upper() not in names:
             raise ValueError(
-                f"unknown padding {padding!r}: use one of {', '.join(known)}, an int, or (low, high) pairs"
+                f"{kind}: unknown padding {padding!r}: use one of {', '.join(sorted(names))}, an int, or (low, high)"
+                " pairs"
             )
         return padding.upper()
-    sides = [padding] * rank if isinstance(padding, int) else list(padding)
-    pairs = [(side, side) if isinstance(side, int) else as_tuple(side) for side in sides]
+    try:
+        sides = list(padding) if isinstance(padding, Iterable) else [padding] * rank
+        pairs = [as_tuple(side) if isinstance(side, Iterable) else as_tuple(side) * 2 for side in sides]
+    except TypeError:  # neither ints nor sequences of them
+        pairs = []
     if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
         raise ValueError(
-            f"padding needs an int or a (low, high) pair for each of {rank} spatial dimensions, got {padding}"
+            f"{kind}: padding needs an int, or an int or a (low, high) pair for each of {rank} spatial dimensions, got"
+            f" {padding}"
         )
     return tuple((low, high) for low, high in pairs)
 
 
-class Conv(Module):
+def check_sizes(kind: str, **sizes: int | Sequence[int]) -> None:
+    """Raises ValueError unless all of a layer's sizes are positive."""
+    for name, size in sizes.items():
+        if any(n < 1 for n in as_tuple(size)):
+            raise ValueError(f"{kind}: {name} must be positive, got {size}")
+
+
+class ConvBase(Module):
+    """What Conv and ConvTranspose share: a kernel that may be masked, a bias, and inputs with space before features."""
+
+    kernel: jax.Array
+    bias: jax.Array | None
+    mask: jax.Array | None
+    in_features: int
+    kernel_size: tuple[int, ...]
+    padding: Padding
+
+    def _as_mask(self, mask: ArrayLike | None) -> jax.Array | None:
+        """`mask` as an array of the kernel's shape."""
+        if mask is None:
+            return None
+        array = jnp.asarray(mask)
+        if array.shape != self.kernel.shape:
+            raise ShapeError(
+                f"{type(self).__name__}: expected `mask` of the kernel's shape {self.kernel.shape}, got {array.shape}"
+            )
+        return array
+
+    def _masked_kernel(self) -> jax.Array:
+        """The kernel, times the mask if there is one."""
+        return self.kernel if self.mask is None else self.kernel * self.mask.astype(self.kernel.dtype)
+
+    def _check_inputs(self, inputs: jax.Array) -> None:
+        """Raises ShapeError unless `inputs` are [..., *space, in_features] and can be extended where they must be."""
+        kind, rank = type(self).__name__, len(self.kernel_size)
+        if inputs.ndim < rank + 1 or inputs.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"{kind}: expected `inputs` of shape [..., {'space, ' * rank}{self.in_features}]"
+                f" (kernel_size={self.kernel_size}, in_features={self.in_features}), got {tuple(inputs.shape)}"
+            )
+        if self.padding in ("CIRCULAR", "REFLECT") and 0 in inputs.shape[inputs.ndim - rank - 1 : -1]:
+            raise ShapeError(
+                f"{kind}: {self.padding} padding repeats the inputs, so it expected at least one element along each"
+                f" spatial axis, got {tuple(inputs.shape)}"
+            )
+
+
+class Conv(ConvBase):
     """A convolution (a cross-correlation, as everywhere in deep learning) over the spatial axes of its inputs.
 
     `y[n, p, o] = bias[o] + sum_{k, c} x[n, strides * p + kernel_dilation * k - low, c] kernel[k, c, o]`
@@ -72,9 +123,6 @@ class Conv(Module):
         >>> nnx.Conv(3, 8, 5, padding="CAUSAL", ctx=nnx.context(0))(jnp.ones((1, 20, 3))).shape
         (1, 20, 8)
     """
-
-    kernel: jax.Array
-    bias: jax.Array | None
 
     def __init__(
         self,
@@ -106,7 +154,9 @@ class Conv(Module):
             padding: "SAME" (out = ceil(in / stride)), "SAME_LOWER" (the same, with the odd element before), "VALID"
                 (none), "CIRCULAR" (periodic), "REFLECT" (mirrored about the edge element), "CAUSAL" (one spatial axis:
                 all before, so that no output sees later inputs), an int, or an int or a (low, high) pair for each axis.
-            input_dilation: spacing put between input elements; above 1 this is a transposed convolution.
+            input_dilation: spacing put between input elements; above 1 this is a transposed convolution. Padding goes
+                around the inputs with their gaps, `(in - 1) * input_dilation + 1` elements; a period of "CIRCULAR" has
+                a gap after the last element too, which makes `in * input_dilation`.
             kernel_dilation: spacing of kernel elements; above 1 this is an atrous convolution.
             feature_group_count: number of groups that channels are split into; `in_features` makes it depthwise.
             use_bias: whether to add a bias.
@@ -119,35 +169,41 @@ class Conv(Module):
             ctx: gives the keys, from its stream "params".
 
         Raises:
-            ValueError: an option does not fit the number of spatial axes, or the groups do not divide the channels.
+            ValueError: a size is not positive, an option does not fit the number of spatial axes, or the groups do not
+                divide the channels.
             ShapeError: `mask` has another shape than the kernel.
         """
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size = as_tuple(kernel_size)
-        rank = len(self.kernel_size)
-        self.strides = per_dimension(strides, rank, "Conv: strides")
-        self.padding = canonicalize_padding(padding, rank, tuple(_PAD_MODES))
-        self.input_dilation = per_dimension(input_dilation, rank, "Conv: input_dilation")
-        self.kernel_dilation = per_dimension(kernel_dilation, rank, "Conv: kernel_dilation")
+        kind, rank = type(self).__name__, len(self.kernel_size)
+        check_sizes(
+            kind,
+            in_features=in_features,
+            out_features=out_features,
+            kernel_size=self.kernel_size,
+            feature_group_count=feature_group_count,
+        )
+        self.strides = per_dimension(strides, rank, f"{kind}: strides")
+        self.padding = canonicalize_padding(padding, rank, kind, (*_LAX_PADDINGS, "CAUSAL", *_PAD_MODES))
+        self.input_dilation = per_dimension(input_dilation, rank, f"{kind}: input_dilation")
+        self.kernel_dilation = per_dimension(kernel_dilation, rank, f"{kind}: kernel_dilation")
         self.feature_group_count = feature_group_count
         self.use_bias = use_bias
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
         if self.padding == "CAUSAL" and rank != 1:
-            raise ValueError(f"Conv: CAUSAL padding needs one spatial axis, got kernel_size {self.kernel_size}")
+            raise ValueError(f"{kind}: CAUSAL padding needs one spatial axis, got kernel_size {self.kernel_size}")
         if in_features % feature_group_count or out_features % feature_group_count:
             raise ValueError(
-                f"Conv: feature_group_count={feature_group_count} must divide in_features={in_features} and"
+                f"{kind}: feature_group_count={feature_group_count} must divide in_features={in_features} and"
                 f" out_features={out_features}"
             )
         shape = (*self.kernel_size, in_features // feature_group_count, out_features)
         self.kernel = make_param(ctx, kernel_init, shape, param_dtype)
         self.bias = make_param(ctx, bias_init, (out_features,), param_dtype) if use_bias else None
-        self.mask = None if mask is None else jnp.asarray(mask)
-        if self.mask is not None and self.mask.shape != shape:
-            raise ShapeError(f"Conv: expected `mask` of the kernel's shape {shape}, got {self.mask.shape}")
+        self.mask = self._as_mask(mask)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the convolution.
@@ -159,16 +215,12 @@ class Conv(Module):
             [*batch, *space, out_features].
 
         Raises:
-            ShapeError: `inputs` has too few axes or another number of channels.
+            ShapeError: `inputs` has too few axes or another number of channels, or a spatial axis is empty and padding
+                is "CIRCULAR" or "REFLECT".
         """
+        self._check_inputs(inputs)
         rank = len(self.kernel_size)
-        if inputs.ndim < rank + 1 or inputs.shape[-1] != self.in_features:
-            raise ShapeError(
-                f"{type(self).__name__}: expected `inputs` of shape [..., {'space, ' * rank}{self.in_features}]"
-                f" (kernel_size={self.kernel_size}, in_features={self.in_features}), got {tuple(inputs.shape)}"
-            )
-        kernel = self.kernel if self.mask is None else self.kernel * self.mask.astype(self.kernel.dtype)
-        x, kernel, bias = promote_dtype((inputs, kernel, self.bias), dtype=self.dtype)
+        x, kernel, bias = promote_dtype((inputs, self._masked_kernel(), self.bias), dtype=self.dtype)
         x, batch = flatten_batch(x, rank + 1)
         x, padding = self._pad(x)
         space = tuple(range(1, rank + 1))
@@ -197,10 +249,16 @@ class Conv(Module):
             if self.input_dilation == (1,) * rank:
                 return x, self.padding
             # `lax` knows the names only for undilated inputs; they count the gaps as part of the input here.
-            sizes = [(n - 1) * gap + 1 for n, gap in zip(x.shape[1:-1], self.input_dilation, strict=True)]
+            sizes = [max((n - 1) * gap + 1, 0) for n, gap in zip(x.shape[1:-1], self.input_dilation, strict=True)]
             return x, lax.padtype_to_pads(sizes, [extent + 1 for extent in extents], self.strides, self.padding)
         if self.padding == "CAUSAL":
-            pads = [(extent, 0) for extent in extents]
-        else:
-            pads = [(extent // 2, extent - extent // 2) for extent in extents]
-        return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=_PAD_MODES[self.padding]), ((0, 0),) * rank
+            return x, tuple((extent, 0) for extent in extents)
+        # Repeat whole elements, and leave to `lax` the zeros of the gap that the padding ends in.
+        elements, zeros = [], []
+        for extent, gap in zip(extents, self.input_dilation, strict=True):
+            low, high = extent // 2, extent - extent // 2
+            if self.padding == "CIRCULAR":
+                high += gap - 1  # a period has a gap after its last element too
+            elements.append((low // gap, high // gap))
+            zeros.append((low % gap, high % gap))
+        return jnp.pad(x, [(0, 0), *elements, (0, 0)], mode=_PAD_MODES[self.padding]), tuple(zeros)

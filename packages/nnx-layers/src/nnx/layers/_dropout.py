@@ -1,4 +1,4 @@
-"""Dropout: noise while training, the identity otherwise."""
+"""Dropout, of elements or of whole examples: noise while training, the identity otherwise."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from nnx.core import Context, Module, ShapeError
-from nnx.layers._common import as_tuple, draw_key, normalize_axes, resolve_flag
+from nnx.layers._common import Axes, as_tuple, draw_key, normalize_axes, resolve_flag
 
-__all__ = ["Dropout"]
+__all__ = ["DropPath", "Dropout"]
 
 
 def check_rate(kind: str, rate: float) -> float:
@@ -89,7 +89,7 @@ class Dropout(Module):
 
         Raises:
             ContextError: `deterministic` is set nowhere, or there is no random stream to draw from.
-            ShapeError: `inputs` are not floating point, or lack one of the `broadcast_dims`.
+            ShapeError: `inputs` are not floating point, or lack one of the axes that the layer was made with.
         """
         if resolve_flag(self, "deterministic", deterministic, self.deterministic, ctx, example=True):
             return inputs
@@ -98,5 +98,54 @@ class Dropout(Module):
         kind = type(self).__name__
         if not jnp.issubdtype(inputs.dtype, jnp.inexact):
             raise ShapeError(f"{kind}: expected floating point `inputs`, got dtype {inputs.dtype.name}")
-        axes = normalize_axes(self.broadcast_dims, inputs.ndim, f"{kind}: broadcast_dims")
+        axes = self._shared_axes(inputs.ndim)
         return dropout(inputs, draw_key(self, self.rng_collection, ctx), self.rate, axes)
+
+    def _shared_axes(self, ndim: int) -> tuple[int, ...]:
+        """The axes along which one draw holds."""
+        return normalize_axes(self.broadcast_dims, ndim, f"{type(self).__name__}: broadcast_dims")
+
+
+class DropPath(Dropout):
+    """Stochastic depth: zeroes whole examples with probability `rate` and scales the others.
+
+    `y[i] = keep[i] * x[i] / (1 - rate)`, with one `keep[i]` for each example, drawn from Bernoulli(1 - rate). On the
+    branch of a residual block, `x + drop_path(block(x))`, it skips the block for some of the examples.
+
+    The flag `deterministic` comes from the call, the constructor or the Context, in that order.
+
+    Reference: Huang et al., 2016, Deep Networks with Stochastic Depth, arXiv:1603.09382.
+
+    Example:
+        >>> import nnx, jax.numpy as jnp
+        >>> layer = nnx.DropPath(0.5)
+        >>> y = layer(jnp.ones((1000, 3)), deterministic=False, ctx=nnx.context(dropout=0))
+        >>> sorted(set(map(tuple, y.tolist())))
+        [(0.0, 0.0, 0.0), (2.0, 2.0, 2.0)]
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        batch_axes: Axes = 0,
+        deterministic: bool | None = None,
+        rng_collection: str = "dropout",
+    ) -> None:
+        """Makes the layer.
+
+        Args:
+            rate: the probability of dropping an example, from 0 to 1.
+            batch_axes: the axes of the examples; one draw holds along all others.
+            deterministic: whether to pass inputs through unchanged; `None` leaves it to the call or the Context.
+            rng_collection: the Context's random stream to draw from.
+
+        Raises:
+            ValueError: `rate` is not a probability.
+        """
+        super().__init__(rate, deterministic=deterministic, rng_collection=rng_collection)
+        self.batch_axes = as_tuple(batch_axes)
+
+    def _shared_axes(self, ndim: int) -> tuple[int, ...]:
+        batch = normalize_axes(self.batch_axes, ndim, f"{type(self).__name__}: batch_axes")
+        return tuple(axis for axis in range(ndim) if axis not in batch)

@@ -1,125 +1,25 @@
-"""Normalisation: statistics and what is done with them in float32 or wider, cast to the output's dtype at the end."""
+"""Norms by the statistics of a batch, of each example's features, and of groups of its channels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from nnx.core import BatchStat, Context, Module, ShapeError
+from nnx.core import BatchStat, Context, ShapeError
 from nnx.layers import initializers
-from nnx.layers._common import Axes, as_tuple, as_value, make_param, normalize_axes, resolve_flag
-from nnx.layers._dtypes import canonicalize_dtype, statistics_dtype
+from nnx.layers._common import Axes, as_tuple, as_value, normalize_axes, resolve_flag
+from nnx.layers._dtypes import statistics_dtype
+from nnx.layers._norm_base import IndexGroups, Norm, broadcast_mask
 from nnx.layers.initializers import Initializer
 
 __all__ = ["BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
 
-IndexGroups = Sequence[Sequence[int]]
 
-
-class _Norm(Module):
-    """What all norms share: options, an affine map over the features, statistics and their use."""
-
-    scale: jax.Array | None
-    bias: jax.Array | None
-
-    def _set_options(
-        self,
-        epsilon: float,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        axis_name: str | None,
-        axis_index_groups: IndexGroups | None,
-        use_fast_variance: bool,
-    ) -> None:
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.axis_name = axis_name
-        self.axis_index_groups = None if axis_index_groups is None else tuple(as_tuple(g) for g in axis_index_groups)
-        self.use_fast_variance = use_fast_variance
-
-    def _set_affine(
-        self,
-        shape: tuple[int, ...],
-        scale_init: Initializer | None,
-        bias_init: Initializer | None,
-        ctx: Context,
-    ) -> None:
-        """Makes `scale` and `bias`; a None initializer means that there is none."""
-        self.scale = None if scale_init is None else make_param(ctx, scale_init, shape, self.param_dtype)
-        self.bias = None if bias_init is None else make_param(ctx, bias_init, shape, self.param_dtype)
-
-    def _statistics(
-        self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, *, use_mean: bool = True
-    ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
-        """Mean, variance and, where there is a mask, the number of elements they are of; `axes` stay with size 1.
-
-        A group without any element has mean and variance 0. Over `axis_name`, masked means are weighted by how many
-        elements each index has.
-        """
-        x = x.astype(statistics_dtype(x.dtype))
-        count = None
-        if mask is not None:
-            mask = _broadcast_mask(self, mask, x.shape)
-            # Before the squares, so that what is masked, which may be NaN, reaches no sum.
-            x = jnp.where(mask, x, 0)
-            count = self._across(lax.psum, jnp.sum(mask.astype(x.dtype), axis=axes, keepdims=True))
-
-        def mean_of(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-            if count is None:
-                return self._across(lax.pmean, tuple(jnp.mean(a, axis=axes, keepdims=True) for a in arrays))
-            sums = self._across(lax.psum, tuple(jnp.sum(a, axis=axes, keepdims=True) for a in arrays))
-            return tuple(total / jnp.maximum(count, 1) for total in sums)
-
-        if not use_mean:
-            (square,) = mean_of(lax.square(x))
-            return None, square, count
-        if self.use_fast_variance:
-            mean, square = mean_of(x, lax.square(x))
-            # Rounding may take the difference below zero, and the square root of that would be NaN.
-            return mean, jnp.maximum(square - lax.square(mean), 0), count
-        (mean,) = mean_of(x)
-        deviation = x - mean if mask is None else jnp.where(mask, x - mean, 0)
-        (var,) = mean_of(lax.square(deviation))
-        return mean, var, count
-
-    def _across(self, reduce: Callable[..., Any], values: Any) -> Any:
-        """`reduce` (pmean or psum) over the mapped axis, if there is one."""
-        if self.axis_name is None:
-            return values
-        return reduce(values, self.axis_name, axis_index_groups=self.axis_index_groups)
-
-    def _standardize(self, x: jax.Array, mean: jax.Array | None, var: jax.Array) -> jax.Array:
-        """`(x - mean) / sqrt(var + epsilon)`, in the dtype of statistics."""
-        work = statistics_dtype(x.dtype)
-        centred = x.astype(work) if mean is None else x.astype(work) - mean.astype(work)
-        return centred * lax.rsqrt(var.astype(work) + self.epsilon)
-
-    def _affine(self, y: jax.Array, x: jax.Array, feature_axes: tuple[int, ...]) -> jax.Array:
-        """`y * scale + bias` over `feature_axes`, cast to the output's dtype."""
-        shape = tuple(size if axis in feature_axes else 1 for axis, size in enumerate(y.shape))
-        if self.scale is not None:
-            y = y * self.scale.reshape(shape).astype(y.dtype)
-        if self.bias is not None:
-            y = y + self.bias.reshape(shape).astype(y.dtype)
-        return y.astype(canonicalize_dtype(x, self.scale, self.bias, dtype=self.dtype))
-
-
-def _broadcast_mask(layer: Module, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    try:
-        return jnp.broadcast_to(jnp.asarray(mask).astype(bool), shape)
-    except ValueError as error:
-        raise ShapeError(
-            f"{type(layer).__name__}: `mask` of shape {jnp.shape(mask)} does not broadcast to the inputs' shape {shape}"
-        ) from error
-
-
-class BatchNorm(_Norm):
+class BatchNorm(Norm):
     """Normalises each feature by the mean and variance of the batch, or by their running averages.
 
     `y = (x - mean) / sqrt(var + epsilon) * scale + bias`, and with the statistics of the batch also
@@ -245,7 +145,7 @@ class BatchNorm(_Norm):
             assert mean is not None
             self.mean = self._updated(self.mean, mean, count)
             self.var = self._updated(self.var, var, count)
-        return self._affine(self._standardize(x, mean, var), x, (axis,))
+        return self._normalized(x, mean, var, (axis,), x)
 
     def _updated(self, running: jax.Array, batch: jax.Array, count: jax.Array | None) -> jax.Array:
         """The next running average. No gradient goes through it."""
@@ -254,7 +154,7 @@ class BatchNorm(_Norm):
         return updated if count is None else jnp.where(count.reshape(running.shape) > 0, updated, running)
 
 
-class _FeatureNorm(_Norm):
+class _FeatureNorm(Norm):
     """What LayerNorm and RMSNorm share: statistics over some axes of each example, an affine map over others."""
 
     def _set_axes(self, num_features: int | Sequence[int], reduction_axes: Axes, feature_axes: Axes) -> None:
@@ -281,7 +181,7 @@ class _FeatureNorm(_Norm):
                 f" got {tuple(x.shape)}"
             )
         mean, var, _ = self._statistics(x, reduced, mask, use_mean=use_mean)
-        return self._affine(self._standardize(x, mean, var), x, features)
+        return self._normalized(x, mean, var, features, x)
 
 
 class LayerNorm(_FeatureNorm):
@@ -432,7 +332,7 @@ class RMSNorm(_FeatureNorm):
         return self._apply(x, mask, use_mean=False)
 
 
-class GroupNorm(_Norm):
+class GroupNorm(Norm):
     """Normalises groups of channels of each example, over space.
 
     `y = (x - mean) / sqrt(var + epsilon) * scale + bias`, with mean and variance of each example and each group of
@@ -535,8 +435,8 @@ class GroupNorm(_Norm):
             raise ValueError(f"{kind}: reduction_axes {given} must contain the last axis, which the groups divide")
         grouped_shape = (*x.shape[:-1], self.num_groups, self.group_size)
         if mask is not None:
-            mask = _broadcast_mask(self, mask, x.shape).reshape(grouped_shape)
+            mask = broadcast_mask(self, mask, x.shape).reshape(grouped_shape)
         # The last axis became two, of which only the last is reduced.
         grouped = x.reshape(grouped_shape)
         mean, var, _ = self._statistics(grouped, tuple(i if i < x.ndim - 1 else x.ndim for i in axes), mask)
-        return self._affine(self._standardize(grouped, mean, var).reshape(x.shape), x, (x.ndim - 1,))
+        return self._normalized(grouped, mean, var, (x.ndim - 1, x.ndim), x).reshape(x.shape)

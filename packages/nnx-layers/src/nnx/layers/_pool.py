@@ -65,7 +65,7 @@ def _reduce_windows(
     rank = len(window)
     _check_space(kind, inputs, rank)
     steps = per_dimension(strides, rank, f"{kind}: strides")
-    pads = canonicalize_padding(padding, rank)
+    pads = canonicalize_padding(padding, rank, kind)
     x, batch = flatten_batch(inputs, rank + 1)
     around: Any = pads if isinstance(pads, str) else ((0, 0), *pads, (0, 0))
     y = lax.reduce_window(x, init, reduce, (1, *window, 1), (1, *steps, 1), around)
@@ -313,7 +313,7 @@ class _WindowPool(Module):
         self.window_shape = as_tuple(window_shape)
         rank = len(self.window_shape)
         self.strides = per_dimension(strides, rank, f"{type(self).__name__}: strides")
-        self.padding = canonicalize_padding(padding, rank)
+        self.padding = canonicalize_padding(padding, rank, type(self).__name__)
 
 
 class AvgPool(_WindowPool):

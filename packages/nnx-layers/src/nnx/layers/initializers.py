@@ -84,13 +84,29 @@ class _ByValue:
     def __call__(
         self, key: jax.Array, shape: Sequence[int], dtype: DTypeLike | None = None, out_sharding: Any = None
     ) -> jax.Array:
-        init = getattr(_jax, self.name)(**dict(self.options))
-        # `constant` reads an explicit None as the dtype itself, so what was not given is not passed.
-        given: dict[str, Any] = {"dtype": dtype, "out_sharding": out_sharding}
-        return init(key, shape, **{name: value for name, value in given.items() if value is not None})
+        if any(isinstance(value, jax.core.Tracer) for _, value in self.options):
+            return _apply(self, key, tuple(shape), dtype, out_sharding)  # cannot be kept beyond its trace
+        return _jitted(self, key, tuple(shape), dtype, out_sharding)
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in self.options if value is not None)})"
+
+
+def _apply(init: _ByValue, key: jax.Array, shape: tuple[int, ...], dtype: Any, out_sharding: Any) -> jax.Array:
+    # `constant` reads an explicit None as the dtype itself, so what was not given is not passed.
+    given: dict[str, Any] = {"dtype": dtype, "out_sharding": out_sharding}
+    made: Callable[..., jax.Array] = getattr(_jax, init.name)(**dict(init.options))
+    return made(key, shape, **{name: value for name, value in given.items() if value is not None})
+
+
+# One compiled call: the scale of a variance alone takes four operations, each of which costs as much to dispatch as the
+# random numbers take to make.
+_jitted = jax.jit(_apply, static_argnums=(0, 2, 3, 4), inline=True)
+
+
+def takes_key(init: Any) -> bool:
+    """Whether what an initializer makes depends on its key."""
+    return not (init is zeros or init is ones or (type(init) is _ByValue and init.name == "constant"))
 
 
 def _frozen(value: Any) -> Any:

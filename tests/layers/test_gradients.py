@@ -1,0 +1,70 @@
+"""Every layer's gradients, by parameters and inputs, against finite differences in float64."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.test_util import check_grads
+
+import nnx
+
+F64 = {"param_dtype": jnp.float64}
+LAYERS = {
+    "Linear": (lambda ctx: nnx.Linear(4, 3, ctx=ctx, **F64), (2, 4)),
+    "LinearGeneral": (lambda ctx: nnx.LinearGeneral((2, 2), (3, 2), axis=(-2, -1), ctx=ctx, **F64), (3, 2, 2)),
+    "MLP": (lambda ctx: nnx.MLP(4, 5, 3, ctx=ctx, **F64), (2, 4)),
+    "BatchNorm": (lambda ctx: nnx.BatchNorm(3, use_running_average=False, ctx=ctx, **F64), (5, 3)),
+    "BatchNorm, running": (lambda ctx: nnx.BatchNorm(3, use_running_average=True, ctx=ctx, **F64), (5, 3)),
+    "LayerNorm": (lambda ctx: nnx.LayerNorm(4, ctx=ctx, **F64), (3, 4)),
+    "LayerNorm, slow": (lambda ctx: nnx.LayerNorm(4, use_fast_variance=False, ctx=ctx, **F64), (3, 4)),
+    "RMSNorm": (lambda ctx: nnx.RMSNorm(4, ctx=ctx, **F64), (3, 4)),
+    "GroupNorm": (lambda ctx: nnx.GroupNorm(4, num_groups=2, ctx=ctx, **F64), (2, 3, 4)),
+    "AvgPool": (lambda ctx: nnx.AvgPool((2,)), (2, 4, 3)),
+    "MaxPool": (lambda ctx: nnx.MaxPool((2,)), (2, 4, 3)),
+    "AdaptiveAvgPool": (lambda ctx: nnx.AdaptiveAvgPool((3,)), (2, 5, 3)),
+    "RotaryEmbedding": (lambda ctx: _Turned(), (4, 2, 4)),
+    "attention": (
+        lambda ctx: nnx.MultiHeadAttention(
+            4, 8, num_kv_heads=2, normalize_qk=True, rotary=True, is_causal=True, local_window_size=2, ctx=ctx, **F64
+        ),
+        (2, 5, 8),
+    ),
+    "attention, plain": (lambda ctx: nnx.MultiHeadAttention(2, 4, precision="highest", ctx=ctx, **F64), (2, 3, 4)),
+}
+
+
+class _Turned(nnx.Module):
+    def __init__(self):
+        self.rotary = nnx.RotaryEmbedding(4)
+
+    def __call__(self, x):
+        return self.rotary(x, jnp.arange(x.shape[-3]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_against_finite_differences(name):
+    make, shape = LAYERS[name]
+    with jax.enable_x64(True):
+        layer = make(nnx.context(0))
+        (params, rest), moduledef = layer.partition(nnx.Param, ...)
+        x = jax.random.normal(jax.random.key(1), shape, jnp.float64)
+
+        def run(params, x):
+            return moduledef.merge(params, rest)(x)
+
+        # Angles and the statistics of a rotation are in float32 whatever the inputs are.
+        tolerance = 1e-3 if "attention" in name or "Rotary" in name else 1e-6
+        check_grads(jax.jit(run), (params, x), order=1, modes=("rev",), rtol=tolerance, atol=tolerance)
+
+
+def test_embeddings():
+    with jax.enable_x64(True):
+        layer = nnx.Embed(5, 3, ctx=nnx.context(0), **F64)
+        params, moduledef = layer.partition()
+        tokens = jnp.array([[0, 3, 3], [4, 1, 0]])
+
+        def run(params):
+            module = moduledef.merge(params)
+            return module.attend(module(tokens))
+
+        check_grads(run, (params,), order=1, modes=("rev",), rtol=1e-6)
