@@ -253,7 +253,7 @@ def test_every_difference_is_listed_and_nothing_is_changed(checkpointer):
         "unexpected in the checkpoint: `model/blocks/10/kernel` (float32[4,4])",
         "different: `key` is saved as key<fry>[], `like` has uint32[2]",
         "different: `model/first/kernel` is saved as float32[3,4], `like` has float32[5,4]",
-        "different: `model/norm/mean` is saved as float32[4], `like` has float16[4]",
+        "different: `model/norm/mean` is saved as float32[4], `like` has float16[4]; cast=True converts it",
         "different: `model/norm/var` is saved as one of `batch_stats`, `like` has it in `params`",
         "different: `step` is saved as a Python int, `like` has float32[]",
     ]
@@ -343,7 +343,7 @@ def test_what_cannot_be_saved_is_refused_at_once(checkpointer, tmp_path):
     assert checkpointer.steps == ()
     with pytest.raises(ValueError, match="save_every counts steps from 1"):
         nnx.Checkpointer(tmp_path, save_every=0)
-    with pytest.raises(ValueError, match="keep_last counts checkpoints from 1"):
+    with pytest.raises(ValueError, match="keep_last counts from 1 up"):
         nnx.Checkpointer(tmp_path, keep_last=0)
 
 
@@ -361,17 +361,23 @@ def test_a_directory_that_is_none_and_a_checkpoint_that_is_not_ours(tmp_path):
     with ocp.CheckpointManager(tmp_path / "other") as manager:
         manager.save(1, args=ocp.args.StandardSave({"x": jnp.ones(1)}))
     with nnx.Checkpointer(tmp_path / "other") as checkpointer:
-        assert checkpointer.steps == (1,)
-        with pytest.raises(nnx.CheckpointError, match=r"step 1 .* has no readable manifest"):
+        assert checkpointer.steps == ()
+        with pytest.raises(nnx.CheckpointError, match=r"folders named by steps \(1\), and none was saved by"):
             checkpointer.restore(like={"x": jnp.ones(1)})
+        with pytest.raises(nnx.CheckpointError, match="step 1 .* was not saved by"):
+            checkpointer.restore(1, like={"x": jnp.ones(1)})
+        checkpointer.save(1, {"x": jnp.ones(1)}, force=True)
+        with pytest.raises(nnx.CheckpointError, match="a folder 1 that no Checkpointer has saved"):
+            checkpointer.wait()
+        assert (tmp_path / "other" / "1").exists()
 
 
 def test_a_later_format_is_refused(tmp_path):
     with nnx.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(0, {"x": jnp.ones(1)})
-    file = tmp_path / "0" / "manifest" / "metadata"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 2}))
-    with nnx.Checkpointer(tmp_path) as checkpointer, pytest.raises(nnx.CheckpointError, match="format version 2"):
+    file = tmp_path / "0" / "nnx_manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 3}))
+    with nnx.Checkpointer(tmp_path) as checkpointer, pytest.raises(nnx.CheckpointError, match="format version 3"):
         checkpointer.restore(like={"x": jnp.ones(1)})
 
 

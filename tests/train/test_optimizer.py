@@ -154,34 +154,6 @@ def test_parameter_names_may_be_those_of_methods_or_private(batch):
     assert not np.array_equal(model._w, np.ones((3, 2)))
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax.sgd(1e-2),
-        optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
-        optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2),
-        optax.masked(optax.sgd(1e-2, momentum=0.9), lambda params: {path: path.endswith("kernel") for path in params}),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 10))),
-    ],
-    ids=["sgd", "inject_hyperparams", "MultiSteps", "masked", "chain"],
-)
-def test_optax_transformations(model, batch, tx):
-    traces = []
-
-    @nnx.jit
-    def step(model, optimizer, x, y):
-        traces.append(1)
-        return train_step(model, optimizer, x, y)
-
-    optimizer = nnx.Optimizer(model, tx)
-    before = values(model)
-    for _ in range(4):
-        step(model, optimizer, *batch)
-    assert len(traces) == 1
-    assert int(optimizer.step) == 4
-    assert not np.array_equal(before["first/kernel"], model.first.kernel)
-
-
 def test_line_search(batch):
     x, y = batch
     model = nnx.Linear(3, 2, ctx=nnx.context(0))

@@ -100,39 +100,6 @@ def test_a_step_compiles_once_and_takes_donation(state, batch):
     assert_equal(state, other)
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
-        optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2),
-        optax.masked(optax.sgd(1e-2, momentum=0.9), lambda params: {path: path.endswith("kernel") for path in params}),
-        optax.masked(
-            optax.sgd(1e-2),
-            {"first/kernel": True, "first/bias": False}
-            | dict.fromkeys(("norm/scale", "norm/bias", "second/kernel", "second/bias"), False),
-        ),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 10))),
-        optax.contrib.schedule_free_adamw(1e-2, warmup_steps=2),
-    ],
-    ids=["inject_hyperparams", "MultiSteps", "masked by function", "masked by dict", "chain", "schedule_free"],
-)
-def test_optax_sees_plain_arrays_by_path(model, batch, tx):
-    state = nnx.TrainState.from_module(model, tx)
-    traces = []
-
-    @jax.jit
-    def step(state, x, y):
-        traces.append(1)
-        return train_step(state, x, y)
-
-    before = state
-    for _ in range(3):
-        state = step(state, *batch)
-    assert len(traces) == 1
-    assert state.step == 3
-    assert not np.array_equal(state.params["first/kernel"].value, before.params["first/kernel"].value)
-
-
 def test_partition_of_the_optimizer_by_labels(model, batch):
     tx = optax.partition(
         {"train": optax.adam(1e-2), "freeze": optax.set_to_zero()},

@@ -23,9 +23,9 @@ import numpy as np
 import optax
 
 import nnx
-from nnx.examples._interrupt import Interrupt
 from nnx.examples._report import Curves, draw_report
 from nnx.examples.data import Digits, batch_indices, load_digits
+from nnx.train import Interrupt
 
 __all__ = ["STEPS", "ConvNet", "Functional", "Lifted", "Result", "RunError", "main", "run"]
 

@@ -1,28 +1,40 @@
-"""Checkpointer: saves and restores training states by step, exactly, on orbax's CheckpointManager."""
+"""Checkpointer: saves and restores training states by step, exactly, through orbax."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import operator
 import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nnx.core import Context, StructureError
-from nnx.train._errors import CheckpointError, CheckpointNotFoundError
-from nnx.train._leaves import Flat, Leaf, Spec, compare, flatten, key_data, spec_of
+from nnx.train._errors import CheckpointError, CorruptError
+from nnx.train._keep import Keep
+from nnx.train._leaves import Flat, flatten
+from nnx.train._manifest import (
+    Manifest,
+    decode_state,
+    encode,
+    encode_state,
+    snapshot,
+)
+from nnx.train._match import Match, RestoreReport
+from nnx.train._reader import Reader
+from nnx.train._storage import Storage
+from nnx.train._writer import Writer
 
 __all__ = ["Checkpointer", "Restored"]
 
-_FORMAT = "nnx-checkpoint"
-_VERSION = 1
-_MANIFEST = "manifest"
+_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +45,15 @@ class Restored:
         step: the step of the checkpoint.
         value: the value, of the structure of `like`; Modules in it are those of `like`, changed in place.
         extra: what was given to `save` as `extra`.
+        metrics: what was given to `save` as `metrics`, as floats.
+        report: what was restored, kept, renamed and cast.
     """
 
     step: int
     value: Any
     extra: Any = None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    report: RestoreReport | None = None
 
 
 class Checkpointer:
@@ -45,24 +61,31 @@ class Checkpointer:
 
     A value is a Module, an Optimizer, a TrainState, a State, or a dict (or any pytree) of those and of arrays. Arrays
     are saved under their `/`-joined paths, typed PRNG keys and Python numbers included, with a manifest of every path's
-    shape, dtype and collection. A checkpoint restores only into a value with the same paths, shapes, dtypes and
-    collections.
+    shape, dtype, collection and checksum. orbax-checkpoint writes and reads the arrays; it is imported when a
+    Checkpointer is made. Nothing that is loaded can execute anything.
 
-    orbax-checkpoint is imported when a Checkpointer is made.
+    A checkpoint is there as a whole or not at all, whenever the program or the machine stops: it is written under
+    another name, flushed to the disk, and renamed. A newest checkpoint that turns out to be damaged is put aside, and
+    the one before it restored. One process at a time may save in a directory; any number may read.
 
-    A Checkpointer is a context manager: leaving the block waits for the save that is under way. Without a block, call
-    `close()` before the program ends.
+    A Checkpointer is a context manager: leaving the block waits for the save that is under way. Without a block it is
+    waited for when the program ends.
 
     Args:
         directory: where the checkpoints are; made if there is none. A relative path is taken from the current working
             directory, once.
         save_every: `save` does something at the multiples of so many steps.
         keep_last: how many of the newest checkpoints are kept; None keeps all.
+        keep_best: how many of the best are kept besides, by the first of the `metrics` given to `save`; those that are
+            not finite never count as best.
+        best_mode: "min" or "max": which metric is better.
+        keep_every: the checkpoints of the multiples of so many steps are kept for good.
         async_save: whether data is written in the background. `save` returns when the arrays have been copied, so
             they may be changed or donated at once.
+        checksum: whether a checksum of each array is saved, to be checked when it is restored.
 
     Raises:
-        ValueError: `save_every` or `keep_last` is less than 1.
+        ValueError: a number is less than 1, or `best_mode` is unknown.
         CheckpointError: the directory cannot be used.
 
     Example:
@@ -74,9 +97,9 @@ class Checkpointer:
         >>> with tempfile.TemporaryDirectory() as directory, nnx.Checkpointer(directory, save_every=10) as checkpointer:
         ...     for step in range(1, 26):
         ...         model.factor += 1
-        ...         _ = checkpointer.save(step, model, extra={"loss": 1 / step})
+        ...         _ = checkpointer.save(step, model, metrics={"loss": 1 / step})
         ...     restored = checkpointer.restore(like=model)
-        >>> print(restored.step, restored.extra, model.factor)
+        >>> print(restored.step, restored.metrics, model.factor)
         20 {'loss': 0.05} 21.0
     """
 
@@ -86,40 +109,37 @@ class Checkpointer:
         *,
         save_every: int = 1000,
         keep_last: int | None = 3,
+        keep_best: int | None = None,
+        best_mode: str = "min",
+        keep_every: int | None = None,
         async_save: bool = True,
+        checksum: bool = True,
     ) -> None:
         if save_every < 1:
             raise ValueError(f"Checkpointer: save_every counts steps from 1 up, got {save_every}")
-        if keep_last is not None and keep_last < 1:
-            raise ValueError(
-                f"Checkpointer: keep_last counts checkpoints from 1 up, or is None for all; got {keep_last}"
-            )
+        self._keep = Keep(keep_last, keep_best, best_mode, keep_every)
         # Imported here: it takes longer to import than all the rest.
         import orbax.checkpoint as ocp
 
         path = os.fspath(directory)
-        self._path = path if "://" in path else str(Path(path).expanduser().absolute())
-        if Path(self._path).is_file():
-            raise CheckpointError(f"cannot keep checkpoints in {self._path}: it is a file")
-        self._save_every = save_every
-        self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last,
-            enable_async_checkpointing=async_save,
-            # Made in the background, a directory that cannot be made hangs the program for minutes at its end.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )
-        handlers = {
-            "state": ocp.PyTreeCheckpointHandler(use_zarr3=True),
-            "context": ocp.PyTreeCheckpointHandler(use_zarr3=True),
-            _MANIFEST: ocp.JsonCheckpointHandler(),
-        }
-        try:
-            self._manager: Any = ocp.CheckpointManager(
-                self._path, options=options, item_names=tuple(handlers), item_handlers=handlers
+        if "://" in path:
+            raise CheckpointError(
+                f"cannot keep checkpoints in {path}: a directory of a file system is needed, whose renames are atomic. "
+                "Mount the bucket, or save locally and copy"
             )
-        except OSError as error:
-            raise CheckpointError(f"cannot keep checkpoints in {self._path}: {error}") from error
+        root = Path(path).expanduser().absolute()
+        if root.is_file():
+            raise CheckpointError(f"cannot keep checkpoints in {root}: it is a file")
+        self._path = str(root)
+        self._storage = Storage(root)
+        self._save_every = save_every
+        self._checksum = checksum
+        self._ocp = ocp
+        self._writer = Writer(in_background=async_save)
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="nnx-checkpoint")
+        self._writing: int | None = None
+        self._reader = Reader(ocp, self._storage, self._pool)
+        self._closed = False
 
     @property
     def directory(self) -> str:
@@ -129,7 +149,11 @@ class Checkpointer:
     @property
     def steps(self) -> tuple[int, ...]:
         """The steps of the checkpoints in the directory, in rising order, the one being written included."""
-        return tuple(sorted(self._open().all_steps()))
+        self._check_open()
+        steps = set(self._storage.steps())
+        if self._writing is not None:
+            steps.add(self._writing)
+        return tuple(sorted(steps))
 
     @property
     def latest_step(self) -> int | None:
@@ -137,13 +161,28 @@ class Checkpointer:
         steps = self.steps
         return steps[-1] if steps else None
 
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best metric, or None if none has a finite one."""
+        self.wait()
+        ranked = self._keep.ranked(self._reader.metrics())
+        return ranked[0] if ranked else None
+
     def should_save(self, step: int) -> bool:
         """Whether `save(step, ...)` would write: `step` is a multiple of `save_every` and not saved yet."""
         step = operator.index(step)
         return step % self._save_every == 0 and step not in self.steps
 
     def save(
-        self, step: int, state_or_module: Any, *, context: Context | None = None, extra: Any = None, force: bool = False
+        self,
+        step: int,
+        state_or_module: Any,
+        *,
+        context: Context | None = None,
+        data_iter: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        extra: Any = None,
+        force: bool = False,
     ) -> bool:
         """Save a value under a step.
 
@@ -153,6 +192,8 @@ class Checkpointer:
             step: the number of steps taken.
             state_or_module: the value.
             context: a Context whose random streams are saved as well.
+            data_iter: a data iterator with `get_state()`, whose position is saved: bytes, or what JSON can hold.
+            metrics: numbers by name, such as the loss; the first decides what is best.
             extra: anything that JSON can hold: configuration, history. Tuples come back as lists.
             force: save also at a step that is no multiple of `save_every`.
 
@@ -160,15 +201,18 @@ class Checkpointer:
             Whether the step was saved.
 
         Raises:
-            TypeError: a leaf of the value, or `extra`, is nothing that a checkpoint can hold.
+            TypeError: a leaf of the value, a metric, the iterator's state or `extra` is nothing that a checkpoint can
+                hold.
             StructureError: two leaves have one path.
-            CheckpointError: there is a later step, or writing failed, now or in the background.
+            CheckpointError: there is a later step, or another process saves here, or writing failed, now or at the
+                save before.
         """
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"Checkpointer.save: a step is not negative, got {step}")
         steps = self.steps
         if step in steps or not (force or step % self._save_every == 0):
+            self._check_errors()
             return False
         if steps and step < steps[-1]:
             raise CheckpointError(
@@ -178,109 +222,169 @@ class Checkpointer:
         items = {"state": flatten(state_or_module, "the value to save")}
         if context is not None:
             items["context"] = flatten(context, "the context to save")
-        manifest, arrays = _encode(items, extra)
-        arguments = {name: self._ocp.args.PyTreeSave(tree) for name, tree in arrays.items() if tree}
-        arguments[_MANIFEST] = self._ocp.args.JsonSave(manifest)
+        _check_concrete(items)
+        floats = _floats(metrics or {})
+        position = None if data_iter is None else encode_state(_iterator(data_iter, "get_state")())
         try:
-            # An error of the save before, from its background thread, must not stay unseen.
-            self._manager.check_for_errors()
-            self._manager.save(step, args=self._ocp.args.Composite(**arguments), force=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"saving step {step} in {self._path} failed: {error}") from error
+            # Through JSON and back at once: what cannot make the way is refused now, and what is saved no longer
+            # changes.
+            extra = json.loads(json.dumps(extra))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"Checkpointer.save: `extra` must be what JSON can hold: {error}") from error
+        self.wait()
+        self._storage.lock()
+        copies = snapshot(items, self._pool)
+        self._writing = step
+
+        def job() -> None:
+            try:
+                self._write(step, copies, floats, extra, position)
+            finally:
+                self._writing = None
+
+        with self._as_errors(f"saving step {step} in {self._path} failed"):
+            self._writer.submit(job)
         return True
 
-    def restore(self, step: int | None = None, *, like: Any, context: Context | None = None) -> Restored:
+    def _write(
+        self, step: int, copies: Mapping[str, Any], metrics: dict[str, float], extra: Any, position: Any
+    ) -> None:
+        encoded = {name: encode(leaves, checked=self._checksum, pool=self._pool) for name, leaves in copies.items()}
+        manifest = Manifest(step, {name: entries for name, (entries, _) in encoded.items()}, metrics, extra, position)
+        ocp = self._ocp
+        with self._storage.writing(step, manifest) as folder:
+            for name, (_, arrays) in encoded.items():
+                if arrays:
+                    with ocp.Checkpointer(self._reader.handler()) as writer:
+                        writer.save(folder / name, args=ocp.args.PyTreeSave(arrays))
+        self._reader.manifests[step] = manifest
+        for old in self._keep.removable(self._storage.steps(), self._reader.metrics()):
+            self._storage.remove(old)
+            self._reader.manifests.pop(old, None)
+
+    def restore(
+        self,
+        step: int | None = None,
+        *,
+        like: Any,
+        context: Context | None = None,
+        data_iter: Any = None,
+        only: Any = None,
+        rename: Mapping[str, str] | None = None,
+        partial: bool = False,
+        cast: bool = False,
+        mesh: Any = None,
+        verify: bool = True,
+    ) -> Restored:
         """Restore a checkpoint into a value of the same structure.
 
         Arrays go where the arrays of `like` are: to their devices and shardings, or to NumPy. Nothing is changed
         unless everything fits.
 
         Args:
-            step: the step; None for the newest.
+            step: the step; None for the newest that is whole. Damaged ones on the way are renamed to `corrupt-<step>`,
+                with a CheckpointWarning.
             like: a value of the structure of the one that was saved, with concrete or abstract leaves
                 (`jax.ShapeDtypeStruct`). Modules in it are changed in place, States and TrainStates are made anew.
             context: a Context whose random streams are restored, in place.
+            data_iter: a data iterator with `set_state()`, whose position is restored.
+            only: a filter: what of `like` is restored; the rest stays as it is.
+            rename: patterns of saved paths and the paths that they have in `like`: `{"old/**": "new/**"}`, `*` for one
+                part of a path.
+            partial: whether what the checkpoint lacks may stay as it is, and what `like` lacks may be left.
+            cast: whether floats and integers may have another precision than they were saved with.
+            mesh: puts each array on this mesh, by the names in its Variable's `sharding` that are axes of the mesh.
+            verify: whether the checksums are checked.
 
         Raises:
             CheckpointNotFoundError: there is no checkpoint, or none of that step.
             StructureError: the checkpoint has other paths, shapes, dtypes or collections than `like`; the message
                 lists them all. No array has been read then.
-            CheckpointError: what is there was not saved by a Checkpointer, or cannot be read.
+            CorruptError: the checkpoint of that step, or of every step, is damaged.
+            CheckpointError: what is there was not saved by a Checkpointer.
         """
         self.wait()
-        steps = self.steps
-        if step is None and not steps:
-            raise CheckpointNotFoundError(f"there is no checkpoint in {self._path}")
-        step = steps[-1] if step is None else operator.index(step)
-        if step not in steps:
-            raise CheckpointNotFoundError(
-                f"there is no checkpoint of step {step} in {self._path}; there are: {list(steps)}"
-            )
+        options: dict[str, Any] = {"only": only, "rename": rename, "partial": partial, "cast": cast}
         items = {"state": flatten(like, "`like`")}
         if context is not None:
             items["context"] = flatten(context, "`context`")
-        manifest = self._read_manifest(step)
-        saved = {
-            name: {path: Spec.from_json(spec) for path, spec in leaves.items()}
-            for name, leaves in manifest["items"].items()
-        }
-        lines = []
-        for name, flat in items.items():
-            found = compare(saved.get(name, {}), {leaf.path: spec_of(leaf) for leaf in flat.leaves})
-            lines += [f"  {line}" if name == "state" else f"  {name}: {line}" for line in found]
-        if lines:
-            raise StructureError(f"the checkpoint of step {step} in {self._path} does not fit:\n" + "\n".join(lines))
-        data = self._read_arrays(step, items, saved)
-        decoded = {
-            name: [_decode(leaf, saved[name][leaf.path], data.get(name, {})) for leaf in flat.leaves]
-            for name, flat in items.items()
-        }
-        values = {name: flat.rebuild(decoded[name]) for name, flat in items.items()}
-        return Restored(step=step, value=values["state"], extra=manifest["extra"])
+        if data_iter is not None:
+            _iterator(data_iter, "set_state")
+        first: CorruptError | None = None
+        for candidate in self._reader.candidates(step):
+            try:
+                manifest, matches = self._reader.match(candidate, items, options)
+                values = self._reader.read(candidate, items, matches, mesh, verify=verify)
+            except CorruptError as error:
+                if step is not None:
+                    raise
+                first = first or error
+                self._reader.put_aside(candidate, error)
+                continue
+            return self._install(manifest, items, matches, values, data_iter)
+        assert first is not None
+        raise first
 
-    def _read_manifest(self, step: int) -> Any:
-        ocp = self._ocp
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()}))[
-                _MANIFEST
-            ]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self._path} has no readable manifest: {error}"
-            ) from error
-        if not isinstance(found, dict) or found.get("format") != _FORMAT:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self._path} was not saved by nnx.train.Checkpointer"
-            )
-        if found["version"] > _VERSION:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self._path} has format version {found['version']}, made by a later "
-                f"nnx-train; this one reads versions up to {_VERSION}"
-            )
-        return found
+    def check(
+        self,
+        step: int | None = None,
+        *,
+        like: Any,
+        context: Context | None = None,
+        only: Any = None,
+        rename: Mapping[str, str] | None = None,
+        partial: bool = False,
+        cast: bool = False,
+    ) -> RestoreReport:
+        """What `restore` with these arguments would do, from the manifest alone: no array is read.
 
-    def _read_arrays(self, step: int, items: dict[str, Flat], saved: dict[str, dict[str, Spec]]) -> dict[str, Any]:
-        ocp = self._ocp
-        arguments = {}
-        for name, flat in items.items():
-            stored = [leaf for leaf in flat.leaves if saved[name][leaf.path].stored]
-            if stored:
-                arguments[name] = ocp.args.PyTreeRestore(
-                    item={leaf.path: 0 for leaf in stored},
-                    restore_args={leaf.path: self._restore_args(leaf, saved[name][leaf.path]) for leaf in stored},
+        Returns:
+            The report of the value; `fits` says whether `restore` would go through, `problems` why not.
+
+        Raises:
+            CheckpointNotFoundError: there is no checkpoint, or none of that step.
+            CorruptError: the manifest is damaged.
+        """
+        self.wait()
+        options: dict[str, Any] = {"only": only, "rename": rename, "partial": partial, "cast": cast}
+        items = {"state": flatten(like, "`like`")}
+        if context is not None:
+            items["context"] = flatten(context, "`context`")
+        candidate = next(iter(self._reader.candidates(step)))
+        _, matches = self._reader.match(candidate, items, options, refuse=False)
+        return _joined(matches)
+
+    def inspect(self, step: int | None = None) -> Manifest:
+        """What a checkpoint holds, without reading any array.
+
+        Args:
+            step: the step; None for the newest.
+
+        Raises:
+            CheckpointNotFoundError: there is no checkpoint, or none of that step.
+            CorruptError: the manifest is damaged.
+        """
+        self.wait()
+        return self._reader.checked_manifest(next(iter(self._reader.candidates(step))))
+
+    def _install(
+        self,
+        manifest: Manifest,
+        items: Mapping[str, Flat],
+        matches: Mapping[str, Match],
+        values: Mapping[str, list[Any]],
+        data_iter: Any,
+    ) -> Restored:
+        if data_iter is not None:
+            if manifest.data_iter is None:
+                raise StructureError(
+                    f"the checkpoint of step {manifest.step} in {self._path} has no position of a data iterator: it "
+                    "was saved without `data_iter`"
                 )
-        if not arguments:
-            return {}
-        try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint of step {step} in {self._path} cannot be read: {error}") from error
-
-    def _restore_args(self, leaf: Leaf, spec: Spec) -> Any:
-        sharding = _target_sharding(leaf.value)
-        if spec.kind == "array" and sharding is not None:
-            return self._ocp.ArrayRestoreArgs(sharding=sharding, global_shape=spec.shape)
-        return self._ocp.RestoreArgs(restore_type=np.ndarray)
+            # First, since an iterator is not ours and may refuse.
+            data_iter.set_state(decode_state(manifest.data_iter))
+        rebuilt = {name: flat.rebuild(values[name]) for name, flat in items.items()}
+        return Restored(manifest.step, rebuilt["state"], manifest.extra, dict(manifest.metrics), _joined(matches))
 
     def wait(self) -> None:
         """Wait until the save that is under way has been written.
@@ -288,12 +392,22 @@ class Checkpointer:
         Raises:
             CheckpointError: it failed.
         """
+        self._check_open()
+        with self._as_errors(f"saving in {self._path} failed in the background"):
+            self._writer.wait()
+
+    def _check_errors(self) -> None:
+        with self._as_errors(f"saving in {self._path} failed in the background"):
+            self._writer.check()
+
+    @contextlib.contextmanager
+    def _as_errors(self, what: str) -> Any:
         try:
-            self._open().wait_until_finished()
+            yield
+        except CheckpointError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"saving in {self._path} failed in the background: {error}") from error
+            raise CheckpointError(f"{what}: {error}") from error
 
     def close(self) -> None:
         """Wait for the save that is under way, and end. Closing twice is fine.
@@ -301,21 +415,21 @@ class Checkpointer:
         Raises:
             CheckpointError: the save failed.
         """
-        if self._manager is None:
+        if self._closed:
             return
         try:
             self.wait()
         finally:
-            manager, self._manager = self._manager, None
-            manager.close()
+            self._closed = True
+            self._pool.shutdown()
+            self._storage.unlock()
 
-    def _open(self) -> Any:
-        if self._manager is None:
+    def _check_open(self) -> None:
+        if self._closed:
             raise CheckpointError(f"this Checkpointer of {self._path} is closed")
-        return self._manager
 
     def __enter__(self) -> Self:
-        self._open()
+        self._check_open()
         return self
 
     def __exit__(
@@ -324,69 +438,43 @@ class Checkpointer:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Checkpointer({self._path!r}, {'closed' if self._manager is None else f'steps={list(self.steps)}'})"
+        return f"Checkpointer({self._path!r}, {'closed' if self._closed else f'steps={list(self.steps)}'})"
 
 
-def _encode(items: dict[str, Flat], extra: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The manifest and, for each item, the arrays to write by path."""
-    try:
-        # Through JSON and back at once: what cannot make the way is refused now, and what is saved no longer changes.
-        extra = json.loads(json.dumps(extra))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"Checkpointer.save: `extra` must be what JSON can hold: {error}") from error
-    manifest: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "items": {}, "extra": extra}
-    arrays: dict[str, dict[str, Any]] = {}
-    for name, flat in items.items():
-        specs = {leaf.path: spec_of(leaf) for leaf in flat.leaves}
-        abstract = [leaf.path for leaf in flat.leaves if isinstance(leaf.value, jax.ShapeDtypeStruct)]
-        if abstract:
-            raise TypeError(f"Checkpointer.save: `{abstract[0]}` is a ShapeDtypeStruct, which has no data")
-        manifest["items"][name] = {path: spec.to_json() for path, spec in specs.items()}
-        arrays[name] = {leaf.path: key_data(leaf.value) for leaf in flat.leaves if specs[leaf.path].stored}
-    return manifest, arrays
+def _check_concrete(items: Mapping[str, Flat]) -> None:
+    for flat in items.values():
+        for leaf in flat.leaves:
+            if isinstance(leaf.value, jax.ShapeDtypeStruct):
+                raise TypeError(f"Checkpointer.save: `{leaf.path}` is a ShapeDtypeStruct, which has no data")
+            if isinstance(leaf.value, jax.Array) and not leaf.value.is_fully_addressable:
+                raise CheckpointError(
+                    f"Checkpointer.save: `{leaf.path}` is spread over several processes, which one Checkpointer cannot "
+                    "save yet"
+                )
 
 
-def _target_sharding(value: Any) -> Any:
-    """Where an array has to go, or None if JAX is free to place it.
-
-    An array that was never put anywhere must not come back pinned to a device: a function compiled for the one would
-    compile again for the other.
-    """
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return value.sharding
-    return value.sharding if isinstance(value, jax.Array) and value.committed else None
-
-
-def _decode(leaf: Leaf, spec: Spec, data: dict[str, Any]) -> Any:
-    """A leaf as `like` has it: a jax array where it was, a NumPy array, a key, or a Python number."""
-    if spec.kind not in ("array", "key"):
-        return complex(*spec.value) if spec.kind == "complex" else spec.value
-    found = data[leaf.path] if spec.stored else None
-    if spec.kind == "key":
-        if found is None:
-            # No data, and so no number of words to take from it: as many keys as there are of another one.
-            key = jnp.broadcast_to(jax.random.key(0, impl=spec.impl), spec.shape)
-        else:
-            key = jax.random.wrap_key_data(jnp.array(found), impl=spec.impl)
-        sharding = _target_sharding(leaf.value)
-        return key if sharding is None else jax.device_put(key, sharding)
-    if found is None:
-        found = np.zeros(spec.shape, jnp.dtype(spec.dtype))
-    if isinstance(leaf.value, np.generic):
-        return found[()]
-    if isinstance(leaf.value, np.ndarray):
-        return found
-    if isinstance(found, jax.Array):
-        return _as_weak_as(leaf.value, found)
-    array = _as_weak_as(leaf.value, jnp.array(found))
-    sharding = _target_sharding(leaf.value)
-    return array if sharding is None else jax.device_put(array, sharding)
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    result = {}
+    for name, value in metrics.items():
+        try:
+            result[str(name)] = float(np.asarray(value).reshape(()))
+        except (TypeError, ValueError):
+            raise TypeError(f"Checkpointer.save: the metric {name!r} is a number, got {value!r:.60}") from None
+    return result
 
 
-def _as_weak_as(like: Any, array: jax.Array) -> jax.Array:
-    """`array`, weakly typed if `like` is (`jnp.array(1.5)` is): the type is part of what functions are compiled for."""
-    if not (like.weak_type if isinstance(like, jax.ShapeDtypeStruct) else like.aval.weak_type):
-        return array
-    # Only Python numbers make weak types, and `at[...].set` keeps the type of what it writes into.
-    weak = jnp.broadcast_to(jnp.asarray(np.zeros((), array.dtype).item()), array.shape)
-    return weak.at[...].set(array) if weak.dtype == array.dtype else array
+def _iterator(data_iter: Any, method: str) -> Any:
+    found = getattr(data_iter, method, None)
+    if not callable(found):
+        raise TypeError(
+            f"Checkpointer: a data iterator has `get_state` and `set_state`, and a {type(data_iter).__name__} has no "
+            f"`{method}`"
+        )
+    return found
+
+
+def _joined(matches: Mapping[str, Match]) -> RestoreReport:
+    """The report of the state, with the problems of all items."""
+    report = matches["state"].report
+    problems = tuple(line for found in matches.values() for line in found.report.problems)
+    return dataclasses.replace(report, problems=problems)

@@ -1,15 +1,35 @@
-"""The errors of nnx.train that nnx.core has no name for."""
+"""What can go wrong with checkpoints."""
 
 from __future__ import annotations
 
 from nnx.core import NnxError
 
-__all__ = ["CheckpointError", "CheckpointNotFoundError"]
+__all__ = ["CheckpointError", "CheckpointNotFoundError", "CheckpointWarning", "CorruptError"]
 
 
 class CheckpointError(NnxError, RuntimeError):
-    """A checkpoint could not be written, or what was found is not one of ours."""
+    """A checkpoint could not be written or read."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """The directory holds no checkpoint, or none of the step that was asked for."""
+    """There is no such checkpoint."""
+
+
+class CorruptError(CheckpointError):
+    """A checkpoint is not what was saved: a file is damaged or missing.
+
+    Attributes:
+        step: the step.
+        item: the part of the checkpoint, or None for the manifest.
+        path: the `/`-joined path of the leaf, or None where it is not one leaf.
+    """
+
+    def __init__(self, message: str, step: int, item: str | None = None, path: str | None = None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.item = item
+        self.path = path
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was passed over since it is damaged."""

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from nnx.core import Module, Param, State, StructureError, Variable
-from nnx.train._updates import check_gradients, init_optimizer, known_names, path_list, to_tx, update
+from nnx.train._branches import attribute_name, changed_parameters, nested
+from nnx.train._updates import (
+    check_gradients,
+    from_arrays,
+    init_optimizer,
+    known_names,
+    path_list,
+    to_arrays,
+    to_tx,
+    update,
+)
 
 __all__ = ["OptState", "Optimizer"]
 
@@ -86,7 +97,7 @@ class Optimizer(Module):
         self._params = params.paths
         self._leaves = _leaf_paths([path for path, _ in leaves])
         if self._leaves:
-            self.opt_state = _nested(
+            self.opt_state = nested(
                 [(path[1:], OptState(leaf)) for path, (_, leaf) in zip(self._leaves, leaves, strict=True)]
             )
 
@@ -110,11 +121,10 @@ class Optimizer(Module):
             )
         params = model.filter(self.wrt)
         if params.paths != self._params:
-            raise StructureError(_changed_parameters(self._params, params.paths))
+            raise StructureError(changed_parameters("Optimizer", self._params, params.paths))
         check_gradients(grads, params, "Optimizer.update")
         old = self.filter(OptState)
-        opt_state = jax.tree.unflatten(self._treedef, [old[path].value for path in self._leaves])
-        new_params, new_opt_state = update(self.tx, params, grads, opt_state, tx_args)
+        new_params, new_opt_state = update(self.tx, params, grads, self._optax_state(old), tx_args)
         leaves, treedef = jax.tree.flatten(new_opt_state)
         if treedef != self._treedef:
             raise StructureError(
@@ -125,13 +135,40 @@ class Optimizer(Module):
         model.update_state(new_params)
         self.update_state(old.replace_values([values[path] for path in old.paths]))
 
+    def params_by(self, function: Callable[[Any, dict[str, Any]], Any], model: Module) -> State:
+        """The parameters that a function of optax makes of the optimizer's state and the parameters.
+
+        Schedule-free optimizers have such a function: what they evaluate is not what they train.
+
+        Args:
+            function: takes the state of `tx` and the parameters as a dict of arrays by path, and returns such a dict.
+            model: the Module that this Optimizer was made for; it stays as it is.
+
+        Returns:
+            A State with the paths of the parameters: `model.update_state(params)` writes it.
+
+        Example:
+            >>> import optax
+            >>> model = nnx.Linear(2, 1, ctx=nnx.context(0))
+            >>> optimizer = nnx.Optimizer(model, optax.contrib.schedule_free_sgd(0.1))
+            >>> params = optimizer.params_by(optax.contrib.schedule_free_eval_params, model)
+            >>> params.paths
+            (('bias',), ('kernel',))
+        """
+        params = model.filter(self.wrt)
+        return from_arrays(params, function(self._optax_state(self.filter(OptState)), to_arrays(params)))
+
+    def _optax_state(self, leaves: State) -> Any:
+        """The state as `tx` knows it, from this Optimizer's Variables."""
+        return jax.tree.unflatten(self._treedef, [leaves[path].value for path in self._leaves])
+
 
 def _leaf_paths(key_paths: list[tuple[Any, ...]]) -> tuple[tuple[str, ...], ...]:
     """Where each leaf of an optax state is kept: the parts of its JAX path, with paths of parameters split up again."""
     paths = []
     for key_path in key_paths:
         parts = [part for key in key_path for part in _key_text(key).split("/")] or ["value"]
-        paths.append(("opt_state", *map(_attribute_name, parts)))
+        paths.append(("opt_state", *map(attribute_name, parts)))
     taken = set(paths)
     clashes = [path for path in taken if paths.count(path) > 1 or any(path[:n] in taken for n in range(1, len(path)))]
     if clashes:
@@ -146,36 +183,3 @@ def _key_text(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
-
-
-class _Branch(Module):
-    """A level of the optimizer's state. Not an `nnx.Dict`, which refuses some names that a parameter may have: `_w`."""
-
-
-def _attribute_name(part: str) -> str:
-    """A part of a path as the name of an attribute: one that would hide a method of Module gets a dot at its end."""
-    return f"{part}." if not part or hasattr(_Branch, part) or part.startswith("_nnx_") else part
-
-
-def _nested(items: list[tuple[tuple[str, ...], OptState]]) -> _Branch:
-    root = _Branch()
-    branches: dict[tuple[str, ...], _Branch] = {(): root}
-    for path, variable in items:
-        for end in range(1, len(path)):
-            if path[:end] not in branches:
-                branches[path[:end]] = _Branch()
-                setattr(branches[path[: end - 1]], path[end - 1], branches[path[:end]])
-        setattr(branches[path[:-1]], path[-1], variable)
-    return root
-
-
-def _changed_parameters(before: tuple[tuple[str, ...], ...], now: tuple[tuple[str, ...], ...]) -> str:
-    problems = []
-    if gone := [path for path in before if path not in set(now)]:
-        problems.append(f"gone: {path_list(map('/'.join, gone))}")
-    if new := [path for path in now if path not in set(before)]:
-        problems.append(f"new: {path_list(map('/'.join, new))}")
-    return (
-        "Optimizer.update: the model's parameters are not those that this Optimizer was made for "
-        f"({'; '.join(problems)}). Make a new Optimizer after a change of the model's structure"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -11,6 +11,7 @@ import jax
 from nnx.core import Module, ModuleDef, Param, State, StructureError
 from nnx.train._updates import (
     check_gradients,
+    from_arrays,
     init_optimizer,
     known_names,
     path_list,
@@ -111,7 +112,9 @@ class TrainState:
         return new
 
     @classmethod
-    def from_module(cls, model: Module, tx: Any, wrt: Any = Param, *, step: int | jax.Array = 0) -> TrainState:
+    def from_module(
+        cls, model: Module, tx: Any, wrt: Any = Param, *, step: int | jax.Array = 0, **states: Any
+    ) -> TrainState:
         """Make a TrainState of a Module.
 
         The state and the Module hold the same arrays. A step that donates the state consumes them: go on with
@@ -123,9 +126,10 @@ class TrainState:
             wrt: the filter of what is trained. The rest is kept by collection, as `state.batch_stats` and so on;
                 parameters left out of `wrt` are `state.frozen`, and take neither gradient nor optimizer memory.
             step: the number of steps taken so far.
+            **states: further pytrees by name, such as `metrics=metrics.partition()`.
 
         Raises:
-            TypeError: `model` is no Module.
+            TypeError: `model` is no Module, or a name is taken.
             StructureError: `wrt` selects nothing.
         """
         if not isinstance(model, Module):
@@ -143,7 +147,9 @@ class TrainState:
             collection: str = getattr(kind, "collection", "") or "buffers"
             name = "frozen" if collection == "params" else collection
             groups.setdefault(f"{name}_state" if name in cls._own else name, []).append(path)
-        states = {name: State({path: rest[path] for path in paths}) for name, paths in groups.items()}
+        if taken := sorted(groups.keys() & states.keys()):
+            raise TypeError(f"TrainState.from_module: {path_list(taken)} is what the model's own State is called")
+        states |= {name: State({path: rest[path] for path in paths}) for name, paths in groups.items()}
         return cls(moduledef, params=params, tx=tx, step=step, **states)
 
     @property
@@ -233,6 +239,17 @@ class TrainState:
         return self._make(
             self._static, (params, opt_state, self.step + 1, *({**self._states, **states}[n] for n in self._static[2]))
         )
+
+    def params_by(self, function: Callable[[Any, dict[str, Any]], Any]) -> State:
+        """The parameters that a function of optax makes of the optimizer's state and the parameters.
+
+        Schedule-free optimizers have such a function: what they evaluate is not what they train. So
+        `state.params_by(optax.contrib.schedule_free_eval_params)` are the parameters for `state.apply`.
+
+        Args:
+            function: takes the state of `tx` and the parameters as a dict of arrays by path, and returns such a dict.
+        """
+        return from_arrays(self.params, function(self.opt_state, to_arrays(self.params)))
 
     def replace(self, **changes: Any) -> TrainState:
         """Return a TrainState with some of its entries replaced.

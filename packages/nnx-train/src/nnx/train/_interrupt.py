@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ __all__ = ["Interrupt"]
 class Interrupt:
     """While the block runs, the first Ctrl-C or SIGTERM is only noted; a second one ends the program as ever.
 
-    Only the main thread may use it, since only there Python delivers signals.
+    Outside of the main thread it notes nothing, since Python delivers signals to that one alone.
 
     Attributes:
         signal: the number of the signal that came, or None.
@@ -23,6 +24,8 @@ class Interrupt:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
         return self

@@ -1,0 +1,257 @@
+"""Reading: what a directory of checkpoints holds, every difference and every damage found before anything changes."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnx.core import StructureError
+from nnx.train._errors import CheckpointError, CheckpointNotFoundError, CheckpointWarning, CorruptError
+from nnx.train._leaves import Flat, Leaf, Spec
+from nnx.train._manifest import PACKED, Entry, FutureFormatError, Manifest, checksum, decode
+from nnx.train._match import Match, match
+from nnx.train._storage import Storage
+
+__all__ = ["Reader"]
+
+
+class Reader:
+    """Reads the checkpoints of a directory.
+
+    Args:
+        ocp: the module `orbax.checkpoint`.
+        storage: the directory.
+        pool: threads to copy and to check sums on.
+    """
+
+    def __init__(self, ocp: Any, storage: Storage, pool: ThreadPoolExecutor) -> None:
+        self._ocp = ocp
+        self._storage = storage
+        self._path = str(storage.root)
+        self._pool = pool
+        self.manifests: dict[int, Manifest] = {}
+
+    def manifest(self, step: int) -> Manifest:
+        """The manifest of a step, kept once it was read."""
+        if step not in self.manifests:
+            self.manifests[step] = self._storage.read_manifest(step)
+        return self.manifests[step]
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """The metrics of each step."""
+        found = {}
+        for step in self._storage.steps():
+            with contextlib.suppress(OSError, ValueError):  # a damaged one has none
+                found[step] = self.manifest(step).metrics
+        return found
+
+    def candidates(self, step: int | None) -> list[int]:
+        """The steps to try: the one asked for, or all from the newest on."""
+        steps = self._storage.steps()
+        if step is None:
+            if not steps:
+                foreign = self._storage.others()
+                if foreign:
+                    raise CheckpointError(
+                        f"{self._path} has folders named by steps ({', '.join(foreign[:5])}), and none was saved by "
+                        "nnx.train.Checkpointer"
+                    )
+                raise CheckpointNotFoundError(f"there is no checkpoint in {self._path}")
+            return steps[::-1]
+        step = operator.index(step)
+        if step not in steps:
+            if str(step) in self._storage.others():
+                raise CheckpointError(
+                    f"the checkpoint of step {step} in {self._path} was not saved by nnx.train.Checkpointer"
+                )
+            raise CheckpointNotFoundError(
+                f"there is no checkpoint of step {step} in {self._path}; there are: {list(steps)}"
+            )
+        return [step]
+
+    def checked_manifest(self, step: int) -> Manifest:
+        """The manifest of a step, or a CorruptError."""
+        try:
+            return self.manifest(step)
+        except FutureFormatError as error:
+            raise CheckpointError(f"cannot read the checkpoint of step {step} in {self._path}: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"the checkpoint of step {step} in {self._path} is damaged: {error}", step) from error
+
+    def match(
+        self, step: int, items: Mapping[str, Flat], options: Mapping[str, Any], *, refuse: bool = True
+    ) -> tuple[Manifest, dict[str, Match]]:
+        """How each item is restored; a StructureError if it cannot be and `refuse`."""
+        manifest = self.checked_manifest(step)
+        matches = {}
+        for name, flat in items.items():
+            own = options if name == "state" else {}
+            matches[name] = match(step, name, flat, manifest.items.get(name, {}), **own)
+        problems = [line for found in matches.values() for line in found.report.problems]
+        if problems and refuse:
+            raise StructureError(
+                f"the checkpoint of step {step} in {self._path} does not fit:\n  " + "\n  ".join(problems)
+            )
+        return manifest, matches
+
+    def read(
+        self,
+        step: int,
+        items: Mapping[str, Flat],
+        matches: Mapping[str, Match],
+        mesh: Any,
+        *,
+        verify: bool,
+    ) -> dict[str, list[Any]]:
+        """The new leaves of each item."""
+        result = {}
+        for name, flat in items.items():
+            sources = matches[name].sources
+            arrays = self._read_arrays(step, name, list(sources.values()))
+            if verify:
+                self._verify(step, name, sources.values(), arrays)
+            targets = _shardings(flat, mesh)
+
+            def value(
+                leaf: Leaf, sources: Any = sources, arrays: Any = arrays, targets: Mapping[str, Any] = targets
+            ) -> Any:
+                if leaf.path not in sources:
+                    return leaf.value
+                source, entry = sources[leaf.path]
+                return _decode(leaf, source, entry, arrays, targets.get(leaf.path))
+
+            result[name] = list(self._pool.map(value, flat.leaves))
+        return result
+
+    def _read_arrays(self, step: int, name: str, sources: list[tuple[str, Entry]]) -> dict[str, Any]:
+        stored = [(path, entry) for path, entry in sources if entry.nbytes]
+        keys = {f"leaf:{path}" if entry.offset is None else PACKED for path, entry in stored}
+        if not keys:
+            return {}
+        ocp = self._ocp
+        kind = ocp.RestoreArgs(restore_type=np.ndarray)
+        arguments = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(keys, 0), restore_args=dict.fromkeys(keys, kind), partial_restore=True
+        )
+        try:
+            with ocp.Checkpointer(self.handler()) as reader:
+                found = dict(reader.restore(self._storage.folder(step) / name, args=arguments))
+        except MemoryError:
+            raise
+        except Exception as error:  # what orbax and its libraries raise for a damaged file is of any type
+            raise CorruptError(
+                f"the checkpoint of step {step} in {self._path} is damaged: `{name}` cannot be read: {error}",
+                step,
+                name,
+            ) from error
+        for path, entry in stored:
+            array = found.get(f"leaf:{path}" if entry.offset is None else PACKED)
+            whole = isinstance(array, np.ndarray) and (
+                array.nbytes == entry.nbytes if entry.offset is None else array.nbytes >= entry.offset + entry.nbytes
+            )
+            if not whole:
+                raise CorruptError(
+                    f"the checkpoint of step {step} in {self._path} is damaged: `{path}` of `{name}` is not whole",
+                    step,
+                    name,
+                    path,
+                )
+        return found
+
+    def handler(self) -> Any:
+        """What reads and writes arrays."""
+        # Parameters are close to noise: compressing them takes longer than writing them.
+        return self._ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
+
+    def _verify(self, step: int, name: str, sources: Any, arrays: Mapping[str, Any]) -> None:
+        checked = [(path, entry) for path, entry in sources if entry.crc is not None]
+
+        def found(source: tuple[str, Entry]) -> int:
+            path, entry = source
+            return checksum(decode(path, entry, arrays, (-1,), np.uint8))
+
+        for (path, entry), crc in zip(checked, self._pool.map(found, checked), strict=True):
+            if crc != entry.crc:
+                raise CorruptError(
+                    f"the checkpoint of step {step} in {self._path} is damaged: `{path}` of `{name}` does not have its "
+                    "checksum",
+                    step,
+                    name,
+                    path,
+                )
+
+    def put_aside(self, step: int, error: CorruptError) -> None:
+        """Rename a damaged step, and say so."""
+        try:
+            aside = f"it was renamed to {self._storage.quarantine(step).name}"
+        except OSError as problem:
+            aside = f"it could not be renamed ({problem})"
+        self.manifests.pop(step, None)
+        warnings.warn(f"{error}; {aside}, and the checkpoint before it is used", CheckpointWarning, stacklevel=3)
+
+
+def _shardings(flat: Flat, mesh: Any) -> dict[str, Any]:
+    """Where each leaf goes on a mesh."""
+    if mesh is None:
+        return {}
+    result = {}
+    for _, node, leaves in flat.entries:
+        names = getattr(node, "sharding", None)
+        spec = [name if name in mesh.axis_names else None for name in names] if isinstance(names, tuple) else []
+        for path in leaves:
+            result[path] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return result
+
+
+def _target_sharding(value: Any) -> Any:
+    """Where an array has to go, or None if JAX is free to place it.
+
+    An array that was never put anywhere must not come back pinned to a device: a function compiled for the one would
+    compile again for the other.
+    """
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return value.sharding
+    return value.sharding if isinstance(value, jax.Array) and value.committed else None
+
+
+def _decode(leaf: Leaf, path: str, entry: Entry, arrays: Mapping[str, Any], sharding: Any) -> Any:
+    """A leaf as `like` has it: a jax array where it was, a NumPy array, a key, or a Python number."""
+    spec: Spec = entry.spec
+    if spec.kind not in ("array", "key"):
+        return complex(*spec.value) if spec.kind == "complex" else spec.value
+    sharding = _target_sharding(leaf.value) if sharding is None else sharding
+    if spec.kind == "key":
+        if not entry.nbytes:
+            # No data, and so no number of words to take from it: as many keys as there are of another one.
+            key = jnp.broadcast_to(jax.random.key(0, impl=spec.impl), spec.shape)
+        else:
+            data = decode(path, entry, arrays, (*spec.shape, -1), np.uint32)
+            key = jax.random.wrap_key_data(jnp.array(data), impl=spec.impl)
+        return key if sharding is None else jax.device_put(key, sharding)
+    dtype = jnp.dtype(spec.dtype)
+    found = decode(path, entry, arrays, spec.shape, dtype) if entry.nbytes else np.zeros(spec.shape, dtype)
+    if leaf.value.dtype != dtype:
+        found = found.astype(leaf.value.dtype)
+    if isinstance(leaf.value, np.generic):
+        return found[()]
+    if isinstance(leaf.value, np.ndarray):
+        return np.array(found)
+    array = _as_weak_as(leaf.value, jnp.array(found))
+    return array if sharding is None else jax.device_put(array, sharding)
+
+
+def _as_weak_as(like: Any, array: jax.Array) -> jax.Array:
+    """`array`, weakly typed if `like` is (`jnp.array(1.5)` is): the type is part of what functions are compiled for."""
+    if not (like.weak_type if isinstance(like, jax.ShapeDtypeStruct) else like.aval.weak_type):
+        return array
+    # Only Python numbers make weak types, and `at[...].set` keeps the type of what it writes into.
+    weak = jnp.broadcast_to(jnp.asarray(np.zeros((), array.dtype).item()), array.shape)
+    return weak.at[...].set(array) if weak.dtype == array.dtype else array
