@@ -6,14 +6,38 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import attributes, construction, dispatch, import_time, memory, trace, train_step
+from benchmarks import (
+    attributes,
+    checkpoint,
+    construction,
+    decode,
+    dispatch,
+    import_time,
+    layers,
+    loop,
+    memory,
+    trace,
+    train_step,
+)
 from benchmarks._measure import QUICK, Options
 from benchmarks._report import line, write
 from benchmarks._results import Result, is_past
 
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (dispatch, train_step, trace, memory, attributes, construction, import_time)
+    for module in (
+        dispatch,
+        train_step,
+        trace,
+        memory,
+        attributes,
+        construction,
+        import_time,
+        layers,
+        decode,
+        checkpoint,
+        loop,
+    )
 }
 RESULTS = Path(__file__).parent / "results"
 

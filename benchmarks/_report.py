@@ -20,6 +20,10 @@ TITLES = {
     "attributes": "Reading an attribute",
     "construction": "Making a model",
     "import_time": "Import",
+    "layers": "Layers, forward and backward, against flax's",
+    "checkpoint": "Checkpoints, against orbax alone",
+    "loop": "fit against a loop by hand",
+    "decode": "Decoding with a cache of keys and values",
 }
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "nnx-core", "nnx-layers", "nnx-train", "flax", "equinox")
 

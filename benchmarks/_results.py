@@ -63,6 +63,15 @@ BOUNDS = (
     Bound("attributes", "*", 1.10),
     Bound("construction", "compilations *", 1.00),
     Bound("construction", "*", 2.00),
+    Bound("checkpoint", "*MB*: the step is held up", 1.50),
+    Bound("checkpoint", "*MB*: a whole save", 1.15),
+    Bound("checkpoint", "*MB*: restore", 1.25),
+    Bound("checkpoint", "*MB*: restore, unverified", 1.05),
+    Bound("checkpoint", "*small*", 0.50),
+    Bound("loop", "*", 1.02),
+    Bound("layers", "*, operations", 1.00),
+    Bound("layers", "*, FLOPs", 1.00),
+    Bound("layers", "*, bytes", 1.00),
 )
 """The first that fits holds. Benchmarks without one are measured for the record."""
 

@@ -227,3 +227,83 @@ class EquinoxHolder(eqx.Module):
 def make_mlps(depth: int, width: int) -> dict[str, Side]:
     """Construction of a model of `depth` Linear layers."""
     return {FLAX: lambda: _nothing(FlaxMLP(depth, width)), EQUINOX: lambda: _nothing(EquinoxMLP(depth, width))}
+
+
+def flax_layer(make: Callable[[Any, Any], Any]) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """The parameters of a layer, and a function of them and of the input that gives the output and the statistics."""
+    module = make(flax_nnx, flax_nnx.Rngs(0))
+    graphdef, params, rest = flax_nnx.split(module, flax_nnx.Param, ...)
+
+    def run(params: Any, x: jax.Array) -> Any:
+        merged = flax_nnx.merge(graphdef, params, rest, copy=True)
+        out = merged(x)
+        return out, flax_nnx.state(merged, flax_nnx.BatchStat)
+
+    return params, run
+
+
+class FlaxDecoderBlock(flax_nnx.Module):
+    """Attention and an MLP, each after a norm."""
+
+    def __init__(self, width: int, heads: int, rngs: flax_nnx.Rngs) -> None:
+        self.norm1 = flax_nnx.LayerNorm(width, rngs=rngs)
+        self.attention = flax_nnx.MultiHeadAttention(num_heads=heads, in_features=width, decode=True, rngs=rngs)
+        self.norm2 = flax_nnx.LayerNorm(width, rngs=rngs)
+        self.up = flax_nnx.Linear(width, 4 * width, rngs=rngs)
+        self.down = flax_nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the block to the next token of each row."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
+
+
+class FlaxDecoder(flax_nnx.Module):
+    """A decoder that gives the next token."""
+
+    def __init__(self, layers: int, width: int, heads: int, vocabulary: int) -> None:
+        rngs = flax_nnx.Rngs(0)
+        self.embed = flax_nnx.Embed(vocabulary, width, rngs=rngs)
+        self.blocks = flax_nnx.List([FlaxDecoderBlock(width, heads, rngs) for _ in range(layers)])
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """The likeliest token after each row, [batch, 1]."""
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return jnp.argmax(self.embed.attend(x), axis=-1)
+
+
+def decode_sides(batch: int) -> dict[str, Side]:
+    """Decoding of one token for each row."""
+    from benchmarks.decode import HEADS, LAYERS, ROOM, VOCABULARY, WIDTH
+
+    def call(model: FlaxDecoder, tokens: jax.Array) -> jax.Array:
+        return model(tokens)
+
+    def made() -> FlaxDecoder:
+        model = FlaxDecoder(LAYERS, WIDTH, HEADS, VOCABULARY)
+        for block in model.blocks:
+            block.attention.init_cache((batch, ROOM, WIDTH))
+        return model
+
+    def side(step: Callable[[jax.Array], jax.Array], model: FlaxDecoder) -> Side:
+        tokens = jnp.zeros((batch, 1), jnp.int32)
+        count = 0
+
+        def run() -> jax.Array:
+            nonlocal tokens, count
+            if count % ROOM == 0:
+                for block in model.blocks:
+                    index = block.attention.cache_index
+                    index[...] = jnp.zeros_like(index[...])
+            count += 1
+            tokens = step(tokens)
+            return tokens
+
+        return run
+
+    model, kept = made(), made()
+    default = flax_nnx.jit(call)
+    cached = flax_nnx.cached_partial(flax_nnx.jit(call), kept)
+    return {FLAX: side(lambda tokens: default(model, tokens), model), FLAX_CACHED: side(cached, kept)}
