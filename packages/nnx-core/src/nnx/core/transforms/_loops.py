@@ -17,7 +17,7 @@ from nnx.core._graph import walk
 from nnx.core._state import path_text
 from nnx.core._variable import Intermediate
 from nnx.core.transforms._callable import lift_callable
-from nnx.core.transforms._first import First, either, reads
+from nnx.core.transforms._first import First, Numbers, either, numbers_of
 from nnx.core.transforms._inputs import Call
 from nnx.core.transforms._lift import Packed
 from nnx.core.transforms._outcome import HoleNode, Outcome, distinct, finish
@@ -162,7 +162,7 @@ def _loop(what: str, body: Any, run: Any, args: tuple[Any, ...], loop: Any, inde
     first = None
     if before is not None:
         first = First(before[0].call.frame, before[1], call.frame, before[1].out[2])
-        if not carry.start_matters(once, first):
+        if not carry.differs(once, first, *before):
             first = None
 
     def step(i: Any, state: Any) -> Any:
@@ -214,13 +214,27 @@ class Carry:
         drawn = {} if abstract else {(root, position): keys for root, position, keys in self._outcome.draws}
         return self._following(given, out, written_values(self._outcome, values), drawn)
 
-    def start_matters(self, once: Once, first: First) -> bool:
-        """Whether a run after the first sees what is in the Variables that the body makes."""
-        tree: Any = jax.tree.structure((0, self.operands.dynamic))
-        numbers = jax.tree.unflatten(tree, list(range(tree.num_leaves)))[1]
-        made = [numbers[self.operands.values_of(root)][position] for root, position in first.made]
-        written = written_values(self._outcome, once.out[1])
-        return any(place not in written for place in first.made) or reads(once, jax.tree.leaves(made))
+    def differs(self, once: Once, first: First, before: Operands, once_before: Once) -> bool:
+        """Whether the first run, which found the structure as it was, does anything else than those after it."""
+
+        def numbers(operands: Operands, trace: Once) -> tuple[list[int], dict[tuple[int, int], list[int]], Any]:
+            index, dynamic = numbers_of((0, operands.dynamic))
+            places = {
+                (root, position): jax.tree.leaves(value)
+                for root in self._roots.values()
+                for position, value in enumerate(dynamic[operands.values_of(root)])
+            }
+            others = [
+                number for place, number in zip(operands.places, dynamic, strict=True) if place not in self._roots
+            ]
+            return [index, *others], places, numbers_of(trace.out)
+
+        others, inputs, (out, values, _) = numbers(before, once_before)
+        first_numbers = Numbers(others, inputs, jax.tree.leaves(out), list(map(jax.tree.leaves, values)), {})
+        others, inputs, (out, values, _) = numbers(self.operands, once)
+        written = {at: jax.tree.leaves(value) for at, value in written_values(self._outcome, values).items()}
+        drawn = {(root, position): keys for root, position, keys in self._outcome.draws}
+        return first.differs(once, first_numbers, Numbers(others, inputs, jax.tree.leaves(out), written, drawn))
 
     def after_first(self, given: Sequence[Any], first: First, before: Operands, index: Any) -> list[Any]:
         """What the second run is given, if the first makes Variables.

@@ -13,6 +13,7 @@ import numpy as np
 
 from nnx.core._context import RngStream
 from nnx.core._errors import StructureError, VariableError
+from nnx.core._graph import walk
 from nnx.core._object import Object
 from nnx.core._state import path_text
 from nnx.core._variable import Intermediate
@@ -34,13 +35,13 @@ from nnx.core.transforms._axes import (
     unmapped_definition,
     without,
 )
-from nnx.core.transforms._first import First, either, reads
+from nnx.core.transforms._first import First, Numbers, either, numbers_of, reads, restructures
 from nnx.core.transforms._inputs import Call
 from nnx.core.transforms._invariant import hoisted, varying
 from nnx.core.transforms._join import live_places
 from nnx.core.transforms._lift import Packed
 from nnx.core.transforms._loops import check_returned, is_hole, settled
-from nnx.core.transforms._outcome import Outcome, finish
+from nnx.core.transforms._outcome import Outcome, distinct, finish
 from nnx.core.transforms._staging import Once, grow, is_array, zeros_of
 
 __all__ = ["Carry", "Run", "is_constructor"]
@@ -265,8 +266,23 @@ class Run:
         ], outcome
 
     def must_grow(self, once: Once) -> bool:
-        """Whether the body makes Variables that are carried."""
-        return any(change.place is None and category is CARRY for _, change, category in self._kept(once)[0])
+        """Whether the body makes Variables that are carried, or changes a structure that the next run finds."""
+        if any(change.place is None and category is CARRY for _, change, category in self._kept(once)[0]):
+            return True
+        outcome = once.out[1][2]
+        if self.makes or outcome.post is None:
+            return False
+        # Where Variables have the axis, each run has a layer of its own, and finds it as it was.
+        roots = self.call.frame.roots
+        layers = [
+            root
+            for root, place, own in zip(roots, self.call.packed, self.assigned, strict=True)
+            if any(isinstance(axis, int) for axis in (self.axes[place], *own))
+        ]
+        own = {id(item) for item in walk(distinct(layers)).objects} if layers else set()
+        before = walk(distinct(roots))
+        exempt = {number for number, item in enumerate(before.objects) if id(item) in own}
+        return restructures(before.moduledef, outcome, exempt)
 
     def grow(self, once: Once) -> None:
         """Make these Variables before the first run, as zeros."""
@@ -288,22 +304,15 @@ class Run:
         grow(self.call, values, outcome, start)
 
     def note_first(self, before: Run, once_before: Once, once: Once) -> None:
-        """Run the body that makes Variables first, if a run after it sees what that one wrote.
+        """Run the body as it found the structure first, if that is another computation than what the runs after it do.
 
         Raises:
             StructureError: a run would see a slice of its own of what the first run makes for all.
         """
         first = First(before.call.frame, once_before, self.call.frame, once_before.out[1][2])
         slots = {(root, position): (self.call.packed[root], position) for root, position in first.made}
-        inputs = list(self.carry) + list(self.xs)
-        tree: Any = jax.tree.structure((list(self.carry.values()), list(self.xs.values())))
-        carry, xs = jax.tree.unflatten(tree, list(range(tree.num_leaves)))
-        numbers = dict(zip(inputs, [*carry, *xs], strict=True))
-
-        def seen(slot: tuple[int, int]) -> bool:
-            return slot in numbers and reads(once, jax.tree.leaves(numbers[slot]))
-
-        sliced = [slot for slot in slots.values() if slot in self.xs and seen(slot)]
+        numbers = self._numbers(once)
+        sliced = [slot for place, slot in slots.items() if slot in self.xs and reads(once, list(numbers.inputs[place]))]
         if sliced:
             names = [self._slot_name(slot) for slot in sliced]
             raise StructureError(
@@ -311,10 +320,27 @@ class Run:
                 "with Variables that are carried, and reads it: the runs after the first would find it, and not make "
                 "it. Make it before the scan"
             )
-        written = {change.place for _, change, category in self._kept(once)[0] if category is CARRY}
-        carried = [place for place, slot in slots.items() if slot in self.carry]
-        if any(place not in written or seen(slots[place]) for place in carried):
+        if first.differs(once, before._numbers(once_before, first=True), numbers):
             self.first, self._before = first, before
+
+    def _numbers(self, once: Once, *, first: bool = False) -> Numbers:
+        """Which inputs and outputs of the traced body are what."""
+        carry, xs = numbers_of((list(self.carry.values()), list(self.xs.values())))
+        inputs = dict(zip([*self.carry, *self.xs], [*carry, *xs], strict=True))
+        places = {
+            (self.roots[leaf], position): jax.tree.leaves(number)
+            for (leaf, position), number in inputs.items()
+            if position >= 0
+        }
+        others = [number for (_, position), number in inputs.items() if position < 0]
+        (carry_out, y), (_, values, outcome) = numbers_of(once.out)
+        out = jax.tree.leaves((carry_out, y))
+        if first:
+            return Numbers(others, places, out, list(map(jax.tree.leaves, values)), {})
+        written = {
+            change.place: jax.tree.leaves(values[i]) for i, change in enumerate(changes(self.call.frame, outcome))
+        }
+        return Numbers(others, places, out, written, self._draws(outcome))
 
     def _slot_name(self, slot: tuple[int, int]) -> str:
         root = self.roots[slot[0]]
@@ -330,7 +356,9 @@ class Run:
         def value(slot: tuple[int, int], own: Any) -> Any:
             leaf, position = slot
             at = first.place(self.roots[leaf], position) if position >= 0 else None
-            return given.get(slot if position < 0 else (self.call.packed[at[0]], at[1]) if at else slot, own)
+            if position >= 0 and at is None:  # what it lets go of, no later run has
+                return self._first_slice(own) if slot in before.xs else own
+            return given.get(slot if at is None else (self.call.packed[at[0]], at[1]), own)
 
         inputs = [[value(slot, own) for slot, own in part.items()] for part in (before.carry, before.xs)]
         (carry_out, y), (_, values, _) = first.run(*inputs)
@@ -344,6 +372,12 @@ class Run:
             if isinstance(category, int) and change.place is not None
         ]
         return following, (y, slices)
+
+    def _first_slice(self, value: Any) -> Any:
+        at = self.length - 1 if self.options["reverse"] else 0
+        return jax.tree.map(
+            lambda leaf: leaf[at] if self.length else zeros_of(jax.typeof(leaf).update(shape=leaf.shape[1:])), value
+        )
 
     def _run_later(self, once: Once, carry: Sequence[Any], xs: Sequence[Any]) -> Any:
         result = once(carry, xs)
