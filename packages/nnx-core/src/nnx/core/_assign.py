@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from nnx.core._errors import AttributeKindError, VariableError
-from nnx.core._gathered import note_write
 from nnx.core._graph import check_equivalent
 from nnx.core._nodes import is_data
 from nnx.core._object import (
@@ -32,7 +31,6 @@ from nnx.core._variable import (
     check_cell_trace,
     new_cell,
     set_owned,
-    set_value,
 )
 
 __all__ = ["assign", "check_no_modules", "container_leaves", "leaf_types", "missing_attribute"]
@@ -87,7 +85,6 @@ def assign(module: Object, name: str, value: Any) -> None:
             )
         check_cell_trace(existing, attribute_name(module, name), origin_of(module))
         existing._value = value
-        note_write()
         return
     if is_plain_scalar(value):
         _assign_static(module, name, value)
@@ -113,8 +110,7 @@ def _assign_cell(module: Object, name: str, value: Any, existing: Cell | None) -
             )
         if not value._owned:
             check_cell_trace(existing, attribute_name(module, name), origin_of(module))
-            set_value(existing, value._value)
-            note_write()
+            existing._value = value._value
             return
     elif isinstance(existing, (Variable, Node)):
         raise VariableError(

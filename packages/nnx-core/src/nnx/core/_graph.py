@@ -104,8 +104,9 @@ class ModuleDef(Generic[M]):
     however large the model. It is a pytree without leaves.
     """
 
-    __slots__ = ("__weakref__", "_key", "nodes", "roots", "schema")
+    __slots__ = ("__weakref__", "_handle", "_key", "nodes", "roots", "schema")
 
+    _handle: weakref.ref[Handle] | None
     nodes: tuple[NodeDef, ...]
     schema: Schema
     roots: tuple[int, ...]
@@ -123,8 +124,19 @@ class ModuleDef(Generic[M]):
                 if found is None:
                     found = object.__new__(cls)
                     found.nodes, found.schema, found.roots, found._key = nodes, schema, roots, key
+                    found._handle = None
                     cls._interned[key] = found
         return found
+
+    @property
+    def handle(self) -> Handle:
+        """The one Handle of this definition."""
+        with interning:
+            found = self._handle and self._handle()
+            if found is None:
+                found = Handle(self)
+                self._handle = weakref.ref(found)
+            return found
 
     @property
     def type(self) -> type[M]:
@@ -234,6 +246,21 @@ def _unpickle_moduledef(nodes: Any, schema: Schema, roots: tuple[int, ...]) -> M
     kinds = {kind: kind for kind in (OBJECT, CELL, STATIC, METHOD)}
     fresh = tuple(NodeDef(n.type, tuple(a._replace(kind=kinds[a.kind]) for a in n.attributes)) for n in nodes)
     return ModuleDef.of(fresh, schema, roots)
+
+
+class Handle:
+    """Stands for a definition as the key of a dict: JAX compares it by identity, and nobody else's dict has such a key.
+
+    It knows its definition, which knows it weakly.
+    """
+
+    __slots__ = ("__weakref__", "moduledef")
+
+    def __init__(self, moduledef: ModuleDef[Any]) -> None:
+        self.moduledef = moduledef
+
+    def __repr__(self) -> str:
+        return self.moduledef.type.__name__
 
 
 class _Key:

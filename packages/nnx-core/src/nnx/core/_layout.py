@@ -7,12 +7,20 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from nnx.core._errors import StaticError
-from nnx.core._gathered import hold, writes
 from nnx.core._graph import Graph, ModuleDef, statics_changed, walk
 from nnx.core._object import Object
-from nnx.core._state import State
-from nnx.core._tracing import is_eager
-from nnx.core._variable import Cell, unshared
+from nnx.core._state import State, path_text
+from nnx.core._tracing import TraceRef, is_eager
+from nnx.core._variable import (
+    Cell,
+    check_cell_trace,
+    holds_in_a_list,
+    interning,
+    set_apart,
+    set_keeper,
+    set_place,
+    unshared,
+)
 
 __all__ = ["Layout", "layout_of", "layout_after", "state_of", "values_of", "walk_in_turn"]
 
@@ -32,30 +40,34 @@ class Layout:
             must not refer to itself or it would wait for the garbage collector.
         root: the root, weakly, so that it can drop a layout that is out of date together with the arrays that only
             this knows.
-        values: the values as the last call gathered or wrote them, good while `written` is the token of all writes.
-        keeps: whether values are kept at all: those of a trace are not, nor those of random streams, whose counts the
-            host advances.
+        handle: stands for the definition in what is handed to JAX.
+        column: the values of the cells, in a list that the cells themselves read and write; None while they do not.
+        streams: the positions of random streams, whose values are made when they are asked for.
+        blocker: the layout that has the cells in its own column, so that they cannot be in this one's.
     """
 
     __slots__ = (
         "__weakref__",
         "after",
+        "blocker",
         "cells",
+        "column",
+        "eager",
+        "handle",
         "itself",
-        "keeps",
         "moduledef",
         "root",
         "statics",
+        "streams",
         "token",
         "trace",
         "valid",
-        "values",
-        "written",
     )
 
     def __init__(self, graph: Graph) -> None:
         self.valid = True
         self.moduledef: ModuleDef[Any] = graph.moduledef
+        self.handle = graph.moduledef.handle
         self.cells: list[Cell] = graph.cells
         self.statics: list[tuple[Any, Hashable, bool]] = graph.statics
         self.token = object()
@@ -65,10 +77,10 @@ class Layout:
         # The one trace that all cells belong to lets a call check them all at once; cells of several are checked one
         # by one.
         self.trace = traces.pop() if len(traces) == 1 else None
-        self.values: list[Any] | None = None
-        self.written: object = None
-        kinds: set[Any] = {type(cell) for cell in graph.cells}
-        self.keeps = is_eager() and all(kind._value is _SLOT for kind in kinds)
+        self.column: list[Any] | None = None
+        self.blocker: weakref.ref[Layout] | None = None
+        self.eager = is_eager()
+        self.streams = tuple([i for i, cell in enumerate(graph.cells) if not holds_in_a_list(type(cell))])
         self.itself = reference = weakref.ref(self)
         for instance in graph.objects:
             known = instance._nnx.layouts
@@ -76,20 +88,92 @@ class Layout:
                 known[:] = [item for item in known if item() is not None]
             known.append(reference)
 
+    def __del__(self) -> None:
+        if self.column is not None:
+            self._release(None)
 
-_SLOT: Any = Cell.__dict__["_value"]
+    def _adopt(self) -> list[Any] | None:
+        """Move the values of the cells into a column, which a call takes as it is.
+
+        A cell can be in one column alone. Of layouts that share cells the larger has them, as it gains more.
+
+        Returns:
+            The column; None if another layout has the cells.
+        """
+        with interning:
+            if self.column is not None or not self.eager:
+                return self.column
+            blocker = self.blocker and self.blocker()
+            if blocker is not None and blocker.column is not None:
+                return None
+            held = [cell for cell in self.cells if holds_in_a_list(type(cell))]
+            keepers = {id(cell._keeper): cell._keeper for cell in held if cell._keeper is not None}
+            others = [other for other in (keeper() for keeper in keepers.values()) if other is not None]
+            for other in others:
+                if other.valid and len(other.cells) > len(self.cells):
+                    self.blocker = other.itself
+                    return None
+            for other in others:
+                other._release(self)
+            self.blocker = None
+            self.column = column = [cell._value for cell in self.cells]
+            for i, cell in enumerate(self.cells):
+                if holds_in_a_list(type(cell)):
+                    set_place(cell, (column, i))
+                    set_keeper(cell, self.itself)
+            return column
+
+    def _release(self, other: Layout | None) -> None:
+        """Give each cell its value in a list of its own, since this layout ends or `other` adopts cells of it.
+
+        A cell may outlive the layout, and would keep every array of the column alive.
+        """
+        column, self.column = self.column, None
+        self.blocker = other and other.itself
+        for cell in self.cells:
+            if holds_in_a_list(type(cell)) and cell._place[0] is column:
+                set_apart(cell, cell._value)
+
+    def check_trace(self, trace: TraceRef, positions: Sequence[int] | None) -> None:
+        """Raise unless the cells may be written in a trace.
+
+        Args:
+            trace: the current one.
+            positions: the positions of the cells; None for all of them.
+        """
+        if self.trace is not trace:
+            for i in range(len(self.cells)) if positions is None else positions:
+                check_cell_trace(self.cells[i], path_text(self.moduledef.schema.paths[i]))
+
+    def write(self, positions: Sequence[int] | None, values: Sequence[Any], *, streams: bool) -> None:
+        """Write values into the cells; that they may be written here has been checked.
+
+        Args:
+            positions: the positions of the cells; None for all of them.
+            values: a value for each.
+            streams: whether random streams are among them.
+        """
+        column = self.column
+        if column is None or streams:
+            for i, value in zip(range(len(self.cells)) if positions is None else positions, values, strict=True):
+                self.cells[i]._value = value
+        elif positions is None:
+            column[:] = values
+        else:
+            for i, value in zip(positions, values, strict=True):
+                column[i] = value
 
 
 def values_of(layout: Layout) -> list[Any]:
-    """The values of the cells, in a list that nobody edits."""
-    values = layout.values
-    if values is not None and layout.written is writes.token:
-        return values
-    token = writes.token
-    values = [cell._value for cell in layout.cells]
-    if layout.keeps:
-        hold(layout, values, token)
-    return values
+    """The values of the cells, in a list to be read at once: it is the cells' own."""
+    column = layout.column
+    if column is None:
+        column = layout._adopt()
+        if column is None:
+            return [cell._value for cell in layout.cells]
+    for i in layout.streams:
+        column[i] = layout.cells[i]._value
+    return column
 
 
 def layout_of(root: Object) -> Layout:

@@ -13,7 +13,6 @@ import numpy as np
 from nnx.core._assign import assign, check_no_modules, leaf_types, missing_attribute
 from nnx.core._errors import AttributeKindError, FilterError, StructureError, VariableError
 from nnx.core._filters import FilterLike, to_filters
-from nnx.core._gathered import note_write
 from nnx.core._graph import ModuleDef, build, merge_states, walk
 from nnx.core._layout import layout_of, state_of
 from nnx.core._object import (
@@ -42,7 +41,6 @@ from nnx.core._variable import (
     check_cell_trace,
     collection_type,
     new_cell,
-    set_value,
 )
 from nnx.core.transforms._lift import register
 
@@ -135,8 +133,8 @@ class Module(Object):
                     check_cell_trace(cell, attribute_name(self, name), origin_of(self))
                 if type(value) not in leaf_types:
                     check_no_modules(value, self, name)
-                set_value(cell, value)
-                note_write()
+                values, position = cell._place
+                values[position] = value
             else:
                 assign(self, name, value)
 
@@ -449,7 +447,6 @@ class MutableLeaf:
     def value(self, value: Any) -> None:
         check_cell_trace(self._cell, path_text(self.path))
         self._cell._value = value
-        note_write()
 
     @property
     def collection(self) -> str | None:

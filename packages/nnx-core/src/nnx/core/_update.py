@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nnx.core._errors import PathError, StructureError
-from nnx.core._gathered import note_write
 from nnx.core._graph import CELL, METHOD, OBJECT, STATIC, Attribute, ModuleDef, check_equivalent, fill, walk
 from nnx.core._layout import layout_of
 from nnx.core._object import Object, check_object_trace, expose, invalidate, new_object, origin_of
@@ -49,7 +48,6 @@ def update_values(root: Object, states: Sequence[State]) -> None:
         check_object_trace(parent, path[-1])
     for cell, value in writes:
         cell._value = value
-    note_write()
     for parent, (path, kind, metadata, value) in zip(parents, extra.values(), strict=True):
         _add(parent, path, kind, metadata, value)
 
@@ -80,7 +78,6 @@ def _add(parent: Object, path: Path, kind: type[Cell], metadata: Any, value: Any
         if kind is not Buffer:
             check_equivalent(path_text(path), type(existing), existing._metadata, kind, metadata)
         existing._value = unshared(value)
-        note_write()
         return
     invalidate(parent)
     parent.__dict__.pop(path[-1], None)
@@ -129,7 +126,6 @@ def update_from_definition(root: Object, moduledef: ModuleDef[Any], values: Sequ
             check_cell_trace(cell, path_text(path))
         for cell, value in zip(graph.cells, values, strict=True):
             cell._value = value
-        note_write()
         return
     if type(root) is not moduledef.type:
         raise StructureError(
@@ -198,7 +194,6 @@ def sync(
     for cell, old_cell, value, write in zip(all_cells, cells, values, written, strict=True):
         if write and old_cell is not None:
             cell._value = value
-    note_write()
     return all_objects, all_cells
 
 

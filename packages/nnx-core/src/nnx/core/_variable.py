@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from nnx.core._errors import TraceContextError, VariableError
-from nnx.core._gathered import note_write
 from nnx.core._static import StaticProblem, copy_static, fingerprint
 from nnx.core._tracing import TraceRef, calling_line, current_trace, describe_trace
 
@@ -147,14 +146,31 @@ def with_metadata(initializer: F, **metadata: Any) -> F:
 
 
 class Cell:
-    """The place where one leaf of a Module lives: the base of Variables, Nodes, buffers and streams."""
+    """The place where one leaf of a Module lives: the base of Variables, Nodes, buffers and streams.
 
-    __slots__ = ("__weakref__", "_metadata", "_owned", "_trace", "_value")
+    The value itself is an item of a list: of one of the cell's own, or of the column of a Layout, which holds the
+    values of a whole graph. So a compiled function takes the values of a graph as they lie, and writes all at once.
+    """
 
-    _value: Any
+    __slots__ = ("__weakref__", "_keeper", "_metadata", "_owned", "_place", "_trace")
+
+    _place: tuple[list[Any], int]
+    """The list and the position in it: one object, so that no thread ever sees the one without the other."""
+    _keeper: weakref.ref[Any] | None
+    """The Layout whose column the list is."""
     _metadata: Metadata
     _trace: TraceRef | None
     _owned: bool
+
+    @property
+    def _value(self) -> Any:
+        values, position = self._place
+        return values[position]
+
+    @_value.setter
+    def _value(self, value: Any) -> None:
+        values, position = self._place
+        values[position] = value
 
     structural: ClassVar[bool] = False
     """Whether writing a value changes the structure (true of `Static` alone)."""
@@ -177,12 +193,27 @@ class Cell:
         return new_cell(type(self), copy.deepcopy(self._value, memo), self._metadata)
 
 
-# The slots' own setters: a Variable's `__setattr__` guards its metadata, and the write of a value must not pay for
-# that.
-set_value: Callable[[Cell, Any], None] = Cell.__dict__["_value"].__set__
+# The slots' own setters: a Variable's `__setattr__` guards its metadata, and what is internal must not pay for that.
+set_keeper: Callable[[Cell, weakref.ref[Any] | None], None] = Cell.__dict__["_keeper"].__set__
+set_place: Callable[[Cell, tuple[list[Any], int]], None] = Cell.__dict__["_place"].__set__
 set_metadata: Callable[[Cell, Metadata], None] = Cell.__dict__["_metadata"].__set__
 set_trace: Callable[[Cell, TraceRef | None], None] = Cell.__dict__["_trace"].__set__
 set_owned: Callable[[Cell, bool], None] = Cell.__dict__["_owned"].__set__
+
+
+_IN_A_LIST: Any = Cell._value
+"""How a cell holds its value, unless it is a random stream."""
+
+
+def holds_in_a_list(kind: type[Cell]) -> bool:
+    """Whether cells of a type hold their value as an item of a list, as all but random streams do."""
+    return kind._value is _IN_A_LIST
+
+
+def set_apart(cell: Cell, value: Any) -> None:
+    """Give a cell a value in a list of its own, whatever list it was in."""
+    set_place(cell, ([value], 0))
+    set_keeper(cell, None)
 
 
 def new_cell(
@@ -193,7 +224,10 @@ def new_cell(
     set_metadata(cell, metadata)
     set_owned(cell, owned)
     set_trace(cell, None if frozen else current_trace())
-    cell._value = value  # not the slot's setter: a stream's value is a property
+    if kind._value is _IN_A_LIST:
+        set_apart(cell, value)
+    else:
+        cell._value = value
     return cell
 
 
@@ -219,8 +253,8 @@ def write_cell(cell: Cell, value: Any) -> None:
     """
     if cell._trace is not current_trace():
         check_cell_trace(cell, f"{type(cell).__name__}.value")
-    set_value(cell, value)
-    note_write()
+    values, position = cell._place
+    values[position] = value
 
 
 def check_cell_trace(cell: Cell, what: str, origin: str = "") -> None:
@@ -274,7 +308,7 @@ class _Held(Cell, Generic[A]):
         set_metadata(self, _metadata_of(metadata) if metadata else NO_METADATA)
         set_owned(self, False)
         set_trace(self, current_trace())
-        set_value(self, value)
+        set_apart(self, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -477,7 +511,8 @@ class Static(Cell, Generic[A]):
     def __init__(self, value: A) -> None:
         if isinstance(value, Static):
             value = value._value
-        self._value, self._metadata, self._owned, self._trace = value, NO_METADATA, False, current_trace()
+        self._metadata, self._owned, self._trace = NO_METADATA, False, current_trace()
+        set_apart(self, value)
 
     @property
     def value(self) -> A:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.core._gathered import note_write
 from nnx.core._layout import layout_of, values_of
 from nnx.core._object import Object
 from nnx.core._variable import Cell
@@ -85,7 +84,6 @@ def _copy_leaves(cell: Cell, used: set[int], *, note: bool) -> None:
     separate = jax.tree.map(one, value)
     if any(new is not old for new, old in zip(jax.tree.leaves(separate), jax.tree.leaves(value), strict=True)):
         cell._value = separate
-        note_write()
 
 
 def _cells_and_leaves(tree: Any) -> tuple[list[Cell], list[Any]]:

@@ -12,15 +12,19 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 import jax
 import numpy as np
 
-from nnx.core._errors import VariableError
+from nnx.core._errors import AttributeKindError, VariableError
 from nnx.core._explain import TraceLog, warn_of_captures
+from nnx.core._layout import Layout
+from nnx.core._object import Object
 from nnx.core._state import path_text
+from nnx.core._tracing import current_trace, is_eager
 from nnx.core._variable import PLAIN
 from nnx.core.transforms._callable import lift_callable
 from nnx.core.transforms._donate import separate
 from nnx.core.transforms._inputs import Inputs, run
-from nnx.core.transforms._lift import Frame, _local, first_argument, is_untouched, lifting
-from nnx.core.transforms._outcome import NOTHING, finish
+from nnx.core.transforms._lift import Frame, as_packed, enter, is_object, is_untouched, lifting
+from nnx.core.transforms._outcome import NOTHING
+from nnx.core.transforms._report import Report
 from nnx.core.transforms._stages import Lowered, Traced
 
 __all__ = ["JitWrapped", "jit", "kept_on"]
@@ -61,11 +65,11 @@ def _trace(
 
     @functools.wraps(function, updated=())
     def traced(*args: Any, **kwargs: Any) -> Any:
-        if any(map(is_untouched, (*args, kwargs.get("")))):
-            kwargs.pop("", None)
-            return function(*[arg.argument if type(arg) is Frame else arg for arg in args], **kwargs), [], NOTHING
+        if is_eager() or any(map(is_untouched, (*args, kwargs.get("")))):
+            raise _NotTracedError
         kwargs.pop("", None)
-        args = tuple([first_argument(arg) for arg in args])
+        args = tuple([as_packed(arg) for arg in args])
+        kwargs = {name: as_packed(arg) for name, arg in kwargs.items()}
         signature = log.note(args, kwargs, max_traces)
         if len(log.signatures) == 1:
             warn_of_captures(function, "nnx.jit")
@@ -74,12 +78,20 @@ def _trace(
             built = [inputs.unpack(arg, donated=i in donated) for i, arg in enumerate(args)]
             # In the order in which JAX flattened them: positional arguments, then keywords by name.
             named = {name: inputs.unpack(kwargs[name], donated=name in donated_names) for name in sorted(kwargs)}
-            return run(function, inputs, built, {name: named[name] for name in kwargs})
+            out, values, outcome = run(function, inputs, built, {name: named[name] for name in kwargs})
         except BaseException:
             log.forget(signature)
             raise
+        if outcome is NOTHING:
+            return out, None
+        report = Report(outcome, inputs.spans)
+        return out, {report: report.split(values)}
 
     return traced, log
+
+
+class _NotTracedError(Exception):
+    """JAX calls functions as they are (`jax.disable_jit`), and so shall we call the user's."""
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -107,71 +119,161 @@ class JitWrapped(Generic[P, R]):
             target, options.get("static_argnums"), options.get("static_argnames")
         )
         self._static, self._static_names = frozenset(static), frozenset(static_names)
-        self._plain = not (static or self._bound)
+        # Whether Modules are looked for among the arguments themselves; else JAX finds them, wherever they are.
+        self._at_top = not static and options.get("in_shardings") is None
+        self._direct = self._at_top
+        self._apart: set[tuple[object, ...]] = set()
+        if self._donates and options.get("keep_unused") is None:
+            options["keep_unused"] = True  # so that JAX sees every array that would be given away and kept as well
         if options.get("in_shardings") is not None:
             options["in_shardings"] = _in_shardings(options["in_shardings"], shift)
         if options.get("out_shardings") is not None:
-            options["out_shardings"] = (options["out_shardings"], None, None)
+            options["out_shardings"] = (options["out_shardings"], None)
         max_traces = options.pop("max_traces", None)
         traced, self._log = kept_on(
             target, lambda: _trace(target, donated, names, max_traces), donated, names, max_traces
         )
+        self._function = target
         self._jitted: Any = jax.jit(traced, **{k: v for k, v in options.items() if v is not None})
 
-    def _first_dynamic(self, count: int) -> int | None:
-        for i in range(count):
-            if i not in self._static:
-                return i
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        # The path of every call: what is spent here is the price of the library.
+        if not self._direct:
+            return self._call_elsewise(args, kwargs)  # type: ignore[no-any-return]
+        roots: list[Object] = []
+        layouts: list[Layout] = []
+        given: Any = self._bound + args if self._bound else args
+        given = [enter(arg, roots, layouts) if isinstance(arg, Object) else arg for arg in given]
+        named: Any = kwargs and _enter_named(kwargs, roots, layouts)
+        if self._donates and not self._are_apart(layouts):
+            separate(self._bound + args, kwargs, self._donated, self._donated_names)
+            return self(*args, **kwargs)
+        try:
+            out, report = self._jitted(*given, **named)
+        except Exception as error:
+            again = self._instead(error, args, kwargs, roots, layouts)
+            if again is None:
+                raise
+            return again()  # type: ignore[no-any-return]
+        if report is None:
+            return out  # type: ignore[no-any-return]
+        ((report, values),) = report.items()
+        if not report.simple:
+            return report.finish(roots, layouts, out, values)  # type: ignore[no-any-return]
+        trace = current_trace()
+        for number, positions in report.touched:
+            if layouts[number].trace is not trace:
+                layouts[number].check_trace(trace, positions)
+        for (number, positions, streams), part in zip(report.writes, values, strict=True):
+            layout = layouts[number]
+            column = layout.column
+            if positions is None and column is not None and not streams:
+                column[:] = part
+            else:
+                layout.write(positions, part, streams=streams)
+        for number, position, keys in report.draws:
+            layouts[number].cells[position].advance(keys)  # type: ignore[attr-defined]
+        return out  # type: ignore[no-any-return]
+
+    def _are_apart(self, layouts: Sequence[Layout]) -> bool:
+        """Whether the arrays of these graphs have been looked through before, so that each is in one place.
+
+        What a call writes is apart by itself. Where a write since then has put one array in two places, JAX finds it.
+        """
+        tokens = tuple([layout.token for layout in layouts])
+        if tokens in self._apart:
+            return True
+        if len(self._apart) > 64:
+            self._apart.clear()
+        self._apart.add(tokens)
+        return False
+
+    def _instead(
+        self,
+        error: Exception,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        roots: Sequence[Object],
+        layouts: Sequence[Layout],
+    ) -> Callable[[], Any] | None:
+        """What to do instead of a call that has failed before it changed anything; None to let it fail."""
+        if isinstance(error, _NotTracedError):
+            return functools.partial(self._function, *self._bound, *args, **kwargs)
+        if isinstance(error, AttributeKindError) and _hold_objects((*args, *kwargs.values())):
+            self._at_top = self._direct = False
+            return functools.partial(self._call_elsewise, args, kwargs)
+        if self._donates and _is_given_twice(error):
+            self._direct = False  # it will be so again
+            return functools.partial(self._call_elsewise, args, kwargs)
+        if isinstance(error, TypeError):
+            check_values(roots, layouts)
         return None
 
-    def _prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, static: bool = True
-    ) -> tuple[Frame, tuple[Any, ...], dict[str, Any]]:
-        """Put the Frame of a call in the place of the first argument that JAX flattens.
+    def _call_elsewise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call with arguments that hold Modules, with static ones, or with arrays that are in two places."""
+        try:
+            return self.run(self._jitted, args, kwargs, at_top=self._at_top)
+        except _NotTracedError:
+            return self._function(*self._bound, *args, **kwargs)
+
+    def run(
+        self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_top: bool, static: bool = True
+    ) -> Any:
+        """Call a compiled function with Modules, and write back what it changed."""
+        roots, layouts, (out, report) = self.give(jitted, args, kwargs, at_top=at_top, static=static)
+        if report is None:
+            return out
+        ((report, values),) = report.items()
+        return report.finish(roots, layouts, out, values)
+
+    def give(
+        self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_top: bool, static: bool = True
+    ) -> tuple[Sequence[Object], Sequence[Layout], Any]:
+        """Hand arguments to a function of JAX's in the form that it takes.
 
         Args:
+            jitted: the function.
             args: the positional arguments.
             kwargs: those by name.
-            static: whether the static ones are among them.
+            at_top: whether Modules are arguments themselves, and in no container.
+            static: whether the static arguments are among them.
+
+        Returns:
+            The Modules, their layouts, and what the function has returned.
         """
         args = self._bound + args
         if self._donates:
             separate(args, kwargs, self._donated, self._donated_names)
-        first = self._first_dynamic(len(args)) if static else (0 if args else None)
+        if at_top:
+            roots: list[Object] = []
+            layouts: list[Layout] = []
+            given = [enter(arg, roots, layouts) if isinstance(arg, Object) else arg for arg in args]
+            named = _enter_named(kwargs, roots, layouts)
+            try:
+                return roots, layouts, jitted(*given, **named)
+            except TypeError:
+                check_values(roots, layouts)
+                raise
+        # JAX meets the Modules while it flattens the arguments, the Frame before all others.
+        first = next((i for i in range(len(args)) if not static or i not in self._static), None)
         if first is None:
             frame = Frame()
-            return frame, args, {"": frame, **kwargs}
-        frame = Frame(args[first])
-        return frame, (*args[:first], frame, *args[first + 1 :]), kwargs
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        # The path of every call: what is spent here is the price of the library.
-        if self._plain and args:
-            if self._donates:
-                separate(args, kwargs, self._donated, self._donated_names)
-            frame = Frame(args[0])
-            rest: Any = args[1:]
-            local = _local
-            local.frame = frame
-            try:
-                out, values, outcome = self._jitted(frame, *rest, **kwargs)
-            except TypeError:
-                check_values(frame)
-                raise
-            finally:
-                # Inside a trace the flag is None as well, and a flattening never calls a compiled function.
-                local.frame = None
+            kwargs = {"": frame, **kwargs}
         else:
-            frame, lifted, named = self._prepare(args, kwargs)
-            with lifting(frame):
-                try:
-                    out, values, outcome = self._jitted(*lifted, **named)
-                except TypeError:
-                    check_values(frame)
-                    raise
-        if outcome is NOTHING:
-            return out  # type: ignore[no-any-return]
-        return finish(frame, out, values, outcome)  # type: ignore[no-any-return]
+            frame = Frame(args[first])
+            args = (*args[:first], frame, *args[first + 1 :])
+        with lifting(frame):
+            try:
+                result = jitted(*args, **kwargs)
+            except TypeError:
+                check_values(*frame.known())
+                raise
+        return *frame.known(), result
+
+    def _staged(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """A stage of JAX's, and whether it takes Modules as arguments themselves."""
+        at_top = self._at_top and not _hold_objects((*args, *kwargs.values()))
+        return self.give(getattr(self._jitted, what), args, kwargs, at_top=at_top)[2], at_top
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> JitWrapped[P, R]: ...
@@ -180,18 +282,13 @@ class JitWrapped(Generic[P, R]):
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else BoundJit(self, instance)
 
-    def _staged(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frame, args, kwargs = self._prepare(args, kwargs)
-        with lifting(frame):
-            return getattr(self._jitted, what)(*args, **kwargs)
-
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """Trace and lower for these arguments without running anything; see `jax.jit(f).lower`."""
-        return Lowered(self, self._staged("lower", args, kwargs))
+        return Lowered(self, *self._staged("lower", args, kwargs))
 
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """Trace for these arguments without running anything; see `jax.jit(f).trace`."""
-        return Traced(self, self._staged("trace", args, kwargs))
+        return Traced(self, *self._staged("trace", args, kwargs))
 
     def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """What a call would return, with `jax.ShapeDtypeStruct` in the place of arrays; see `nnx.eval_shape`.
@@ -228,11 +325,11 @@ class BoundJit(Generic[P, R]):
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """See `JitWrapped.lower`."""
-        return Lowered(self.__wrapped__, self.__wrapped__._staged("lower", self._full(args), kwargs), (self.__self__,))
+        return Lowered(self.__wrapped__, *self.__wrapped__._staged("lower", self._full(args), kwargs), (self.__self__,))
 
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """See `JitWrapped.trace`."""
-        return Traced(self.__wrapped__, self.__wrapped__._staged("trace", self._full(args), kwargs), (self.__self__,))
+        return Traced(self.__wrapped__, *self.__wrapped__._staged("trace", self._full(args), kwargs), (self.__self__,))
 
     def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """See `JitWrapped.eval_shape`."""
@@ -246,11 +343,32 @@ class BoundJit(Generic[P, R]):
         self.__wrapped__.clear_cache()
 
 
-def check_values(frame: Frame) -> None:
+def _enter_named(kwargs: dict[str, Any], roots: list[Object], layouts: list[Layout]) -> dict[str, Any]:
+    """Enter the Modules among arguments by name, in the order in which JAX flattens these."""
+    return {
+        name: enter(arg, roots, layouts) if isinstance(arg, Object) else arg for name, arg in sorted(kwargs.items())
+    }
+
+
+def _hold_objects(args: Iterable[Any]) -> bool:
+    """Whether Modules are in containers among the arguments, where JAX alone finds them."""
+    return any(
+        isinstance(leaf, Object)
+        for arg in args
+        if not isinstance(arg, Object)
+        for leaf in jax.tree.leaves(arg, is_leaf=is_object)
+    )
+
+
+def _is_given_twice(error: Exception) -> bool:
+    """Whether JAX has refused to give an array away that is elsewhere in the call as well."""
+    text = str(error)
+    return "INVALID_ARGUMENT" in text and "donate" in text
+
+
+def check_values(roots: Sequence[Object], layouts: Sequence[Layout]) -> None:
     """Raise if a Variable holds what JAX cannot take, by path, where JAX itself can only count."""
-    for root, layout in zip(
-        getattr(frame, "roots", ()), frame.layouts if hasattr(frame, "layouts") else (), strict=True
-    ):
+    for root, layout in zip(roots, layouts, strict=True):
         for cell, path in zip(layout.cells, layout.moduledef.schema.paths, strict=True):
             for leaf in jax.tree.leaves(cell._value):
                 if not isinstance(leaf, (np.ndarray, *PLAIN)):

@@ -11,7 +11,7 @@ import jax
 
 from nnx.core._context import Context
 from nnx.core._errors import AttributeKindError
-from nnx.core._graph import ModuleDef
+from nnx.core._graph import Handle, ModuleDef
 from nnx.core._layout import Layout, layout_after, layout_of, values_of
 from nnx.core._object import Hidden, Object
 
@@ -19,6 +19,8 @@ __all__ = [
     "Frame",
     "Initializing",
     "Packed",
+    "as_packed",
+    "enter",
     "first_argument",
     "is_object",
     "is_packed",
@@ -57,6 +59,41 @@ class Frame:
         self.roots.append(root)
         self.layouts.append(layout)
         return layout
+
+    def known(self) -> tuple[Sequence[Object], Sequence[Layout]]:
+        """The roots and their layouts, as far as JAX has come."""
+        return getattr(self, "roots", ()), getattr(self, "layouts", ())
+
+
+def enter(root: Object, roots: list[Object], layouts: list[Layout]) -> Any:
+    """Take a root into a call, in the form in which it is handed to JAX.
+
+    That is a dict with the definition's handle as its one key: JAX walks it without calling Python, as it would have to
+    for a node of ours, and has no static argument to hash.
+
+    Args:
+        root: a Module or Context.
+        roots: those before it; it is added.
+        layouts: their layouts; its own is added.
+    """
+    layout = layout_after(root, roots, layouts) if roots else layout_of(root)
+    roots.append(root)
+    layouts.append(layout)
+    column = layout.column
+    if column is None or layout.streams:
+        column = values_of(layout)
+    if root._nnx.initializing:
+        return Packed(Initializing(layout.moduledef), column)
+    return {layout.handle: column}
+
+
+def as_packed(argument: Any) -> Any:
+    """What an argument stands for inside of the trace: a Packed in the place of a Module; any other as it is."""
+    if type(argument) is dict and len(argument) == 1:
+        ((handle, values),) = argument.items()
+        if type(handle) is Handle:
+            return Packed(handle.moduledef, values)
+    return first_argument(argument)
 
 
 class _Local(threading.local):

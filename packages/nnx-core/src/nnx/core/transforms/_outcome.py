@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from nnx.core._gathered import hold, note_write
-from nnx.core._gathered import writes as all_writes
 from nnx.core._graph import ModuleDef
 from nnx.core._layout import walk_in_turn
 from nnx.core._object import Object
 from nnx.core._state import path_text
 from nnx.core._tracing import current_trace
 from nnx.core._update import sync
-from nnx.core._variable import check_cell_trace, set_value
+from nnx.core._variable import check_cell_trace
 from nnx.core.transforms._lift import Frame
 
 __all__ = ["NOTHING", "Hole", "HoleNode", "Outcome", "distinct", "finish"]
@@ -122,34 +119,12 @@ def finish(frame: Frame, out: Any, values: Sequence[Any], outcome: Outcome) -> A
 def _write(frame: Frame, values: Sequence[Any], writes: tuple[tuple[int, tuple[int, ...]], ...], streams: bool) -> None:
     trace = current_trace()
     for number, positions in writes:
-        layout = frame.layouts[number]
-        if layout.trace is not trace:
-            for position in positions:
-                check_cell_trace(layout.cells[position], path_text(layout.moduledef.schema.paths[position]))
+        frame.layouts[number].check_trace(trace, positions)
     start = 0
-    token = all_writes.token
-    kept = [layout.values if layout.written is token else None for layout in frame.layouts]
     for number, positions in writes:
-        cells = frame.layouts[number].cells
-        part = values if len(writes) == 1 else values[start : start + len(positions)]
+        part = values[start : start + len(positions)]
         start += len(positions)
-        if len(positions) == len(cells):
-            kept[number] = part if type(part) is list else list(part)
-        elif (own := kept[number]) is not None:
-            kept[number] = own = own.copy()
-            for position, value in zip(positions, part, strict=True):
-                own[position] = value
-        if streams:
-            for position, value in zip(positions, part, strict=True):
-                cells[position]._value = value  # a stream's value is a property
-        else:
-            # A loop in C over the slot's own setter: this is all that an update costs besides jax.jit's own work.
-            deque(map(set_value, map(cells.__getitem__, positions) if len(positions) < len(cells) else cells, part), 0)
-    # The next call finds what this one wrote, and what it left alone.
-    token = note_write()
-    for layout, own in zip(frame.layouts, kept, strict=True):
-        if own is not None and layout.keeps:
-            hold(layout, own, token)
+        frame.layouts[number].write(positions, part, streams=streams)
 
 
 def _finish_structure(frame: Frame, out: Any, values: Sequence[Any], outcome: Outcome) -> Any:
@@ -175,7 +150,6 @@ def _finish_structure(frame: Frame, out: Any, values: Sequence[Any], outcome: Ou
     )
     for number, value in zip(outcome.lost, remaining, strict=True):
         live_cells[number]._value = value
-    note_write()
     for _, position, keys in outcome.draws:
         cells[position].advance(keys)  # type: ignore[attr-defined]
     if not outcome.holes:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from nnx.core.transforms._lift import Frame, lifting
-from nnx.core.transforms._outcome import finish
-
 __all__ = ["Compiled", "Lowered", "Traced"]
 
 
 class _Wrapped(Protocol):
-    def _prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, static: bool
-    ) -> tuple[Frame, tuple[Any, ...], dict[str, Any]]: ...
+    def run(self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_top: bool, static: bool) -> Any: ...
 
 
 class _Stage:
     """A stage of ahead-of-time compilation: JAX's own, and what it takes to call the result with Modules."""
 
-    def __init__(self, wrapped: _Wrapped, stage: Any, bound: tuple[Any, ...] = ()) -> None:
+    def __init__(self, wrapped: _Wrapped, stage: Any, at_top: bool, bound: tuple[Any, ...] = ()) -> None:
         self._wrapped = wrapped
         self._stage = stage
+        self._at_top = at_top
         self._bound_to = bound
 
     def __getattr__(self, name: str) -> Any:
@@ -33,7 +29,7 @@ class Traced(_Stage):
 
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Lower."""
-        return Lowered(self._wrapped, self._stage.lower(*args, **kwargs), self._bound_to)
+        return Lowered(self._wrapped, self._stage.lower(*args, **kwargs), self._at_top, self._bound_to)
 
 
 class Lowered(_Stage):
@@ -41,7 +37,7 @@ class Lowered(_Stage):
 
     def compile(self, *args: Any, **kwargs: Any) -> Compiled:
         """Compile."""
-        return Compiled(self._wrapped, self._stage.compile(*args, **kwargs), self._bound_to)
+        return Compiled(self._wrapped, self._stage.compile(*args, **kwargs), self._at_top, self._bound_to)
 
 
 class Compiled(_Stage):
@@ -56,7 +52,4 @@ class Compiled(_Stage):
         Raises:
             TypeError: the structure or the shapes are others than those it was compiled for.
         """
-        frame, args, kwargs = self._wrapped._prepare(self._bound_to + args, kwargs, static=False)
-        with lifting(frame):
-            out, values, outcome = self._stage(*args, **kwargs)
-        return finish(frame, out, values, outcome)
+        return self._wrapped.run(self._stage, self._bound_to + args, kwargs, at_top=self._at_top, static=False)
