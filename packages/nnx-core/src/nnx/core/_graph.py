@@ -132,7 +132,7 @@ class ModuleDef(Generic[M]):
     def handle(self) -> Handle:
         """The one Handle of this definition."""
         with interning:
-            found = self._handle and self._handle()
+            found = self._handle() if self._handle is not None else None
             if found is None:
                 found = Handle(self)
                 self._handle = weakref.ref(found)

@@ -103,7 +103,7 @@ class Layout:
         with interning:
             if self.column is not None or not self.eager:
                 return self.column
-            blocker = self.blocker and self.blocker()
+            blocker = self.blocker() if self.blocker is not None else None
             if blocker is not None and blocker.column is not None:
                 return None
             held = [cell for cell in self.cells if holds_in_a_list(type(cell))]
@@ -129,7 +129,7 @@ class Layout:
         A cell may outlive the layout, and would keep every array of the column alive.
         """
         column, self.column = self.column, None
-        self.blocker = other and other.itself
+        self.blocker = other.itself if other is not None else None
         for cell in self.cells:
             if holds_in_a_list(type(cell)) and cell._place[0] is column:
                 set_apart(cell, cell._value)
