@@ -317,6 +317,13 @@ def test_the_larger_graph_has_the_cells():
     np.testing.assert_array_equal(read(model), in_eager(model))
 
 
+def test_a_model_that_was_first_looked_at_inside_of_a_trace():
+    model = Model()
+    jax.jit(lambda x: x + model.partition()[0]["a", "w"].value)(1.0)
+    read(model)
+    assert layout_of(model).column is not None
+
+
 def test_graphs_of_one_size_do_not_take_turns():
     class Wrapper(nnx.Module):
         def __init__(self, model):

@@ -10,7 +10,7 @@ from nnx.core._errors import StaticError
 from nnx.core._graph import Graph, ModuleDef, statics_changed, walk
 from nnx.core._object import Object
 from nnx.core._state import State, path_text
-from nnx.core._tracing import TraceRef, is_eager
+from nnx.core._tracing import TraceRef, eager_trace
 from nnx.core._variable import (
     Cell,
     check_cell_trace,
@@ -52,7 +52,6 @@ class Layout:
         "blocker",
         "cells",
         "column",
-        "eager",
         "handle",
         "itself",
         "moduledef",
@@ -79,7 +78,6 @@ class Layout:
         self.trace = traces.pop() if len(traces) == 1 else None
         self.column: list[Any] | None = None
         self.blocker: weakref.ref[Layout] | None = None
-        self.eager = is_eager()
         self.streams = tuple([i for i, cell in enumerate(graph.cells) if not holds_in_a_list(type(cell))])
         self.itself = reference = weakref.ref(self)
         for instance in graph.objects:
@@ -101,7 +99,7 @@ class Layout:
             The column; None if another layout has the cells.
         """
         with interning:
-            if self.column is not None or not self.eager:
+            if self.column is not None or self.trace is not eager_trace():
                 return self.column
             blocker = self.blocker() if self.blocker is not None else None
             if blocker is not None and blocker.column is not None:

@@ -17,6 +17,7 @@ __all__ = [
     "calling_line",
     "current_trace",
     "describe_trace",
+    "eager_trace",
     "is_batched",
     "is_eager",
     "is_tracer",
@@ -84,6 +85,11 @@ def is_tracer(value: object) -> bool:
 def is_eager() -> bool:
     """Whether this is plain Python, in no trace at all."""
     return _trace_context.trace is _jax_core.eval_trace
+
+
+def eager_trace() -> TraceRef:
+    """The token of eager code: what `current_trace` gives outside of any transform."""
+    return _jax_core.eval_trace._weakref  # type: ignore[no-any-return]
 
 
 def jit_is_disabled() -> bool:
