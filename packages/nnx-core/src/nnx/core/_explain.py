@@ -189,6 +189,11 @@ def _changed(what: str, old: Mapping[str, str], new: Mapping[str, str]) -> Itera
 
 def definition_differences(old: ModuleDef[Any], new: ModuleDef[Any]) -> list[str]:
     """What differs between two definitions, by path."""
+    return attribute_differences(old, new) or ["the order or sharing of Modules changed"]
+
+
+def attribute_differences(old: ModuleDef[Any], new: ModuleDef[Any]) -> list[str]:
+    """The attributes that differ between two definitions."""
     lines = []
     many = len(old.roots) > 1 or len(new.roots) > 1
     first, second = _attributes(old, many), _attributes(new, many)
@@ -204,7 +209,7 @@ def definition_differences(old: ModuleDef[Any], new: ModuleDef[Any]) -> list[str
         elif before[2] != after[2]:
             identity = f" ({_BY_IDENTITY})" if before[3] and after[3] else ""
             lines.append(f"{before[0]} `{text}` {before[1]} -> {after[1]}{identity}")
-    return lines or ["the order or sharing of Modules changed"]
+    return lines
 
 
 def _attributes(moduledef: ModuleDef[Any], many: bool) -> dict[Path, tuple[str, str, Any, bool]]:

@@ -168,7 +168,7 @@ class _Walker:
         return (kind, value)
 
     def _check_function(self, function: types.FunctionType, where: str) -> None:
-        """A closure over a Module or a Variable would bake it in: refuse it, wherever it hides."""
+        """A closure over a Module or a Variable would bake it in, and one over a tracer leak it: refuse them."""
         held: list[tuple[str, Any]] = []
         if function.__closure__:
             for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
@@ -182,6 +182,8 @@ class _Walker:
             for sub in _reach(item):
                 if isinstance(sub, self.forbidden):
                     raise StaticProblem(f"a {type(sub).__name__}", label)
+                if isinstance(sub, jax.core.Tracer):
+                    raise StaticProblem(f"a traced array {_array_text(sub)}", label)
                 if isinstance(sub, types.FunctionType) and id(sub) not in self.active:
                     self.active[id(sub)] = len(self.active)
                     try:

@@ -265,7 +265,8 @@ def check_cell_trace(cell: Cell, what: str, origin: str = "") -> None:
     if cell._trace is None:
         raise VariableError(
             f"cannot write `{what}`: this {type(cell).__name__} came out of a State or a pytree, so the write would be "
-            "lost. Write to the Module's attribute, or build a new Variable with `variable.replace(value)`."
+            "lost. Write to the Module's attribute (for a layer of a Stack, to that of `stack.layers`), or build a new "
+            "Variable with `variable.replace(value)`."
         )
     raise TraceContextError(trace_error(what, cell._trace, trace, "write", origin))
 

@@ -11,6 +11,7 @@ import jax
 from nnx.core.transforms._callable import lift_callable
 from nnx.core.transforms._inputs import Call
 from nnx.core.transforms._join import Join
+from nnx.core.transforms._lift import is_object
 from nnx.core.transforms._outcome import finish
 from nnx.core.transforms._staging import Once, Operands, stage
 
@@ -78,6 +79,11 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -
 def _branches(what: str, index: Any, functions: tuple[Any, ...], operands: tuple[Any, ...]) -> Any:
     lifted = [lift_callable(function, what) for function in functions]
     targets = tuple(function for function, _ in lifted)
+    if is_object(index):
+        raise TypeError(
+            f"{what} takes {'a boolean' if what == 'nnx.cond' else 'an index'} first, and then the functions and their "
+            f"operands; got a {type(index).__name__}"
+        )
     # A flag as the index is data, and not one of the flags that the functions are to see as they are.
     index = jax.numpy.asarray(index)
     implementation = functools.partial(_run, what, targets)

@@ -19,7 +19,7 @@ from nnx.core._state import State, near_misses, path_text
 from nnx.core.transforms._callable import lift_callable
 from nnx.core.transforms._inputs import Call, Inputs, pack, run
 from nnx.core.transforms._join import Join
-from nnx.core.transforms._lift import Frame
+from nnx.core.transforms._lift import Frame, refuse_static
 from nnx.core.transforms._outcome import NOTHING, finish
 from nnx.core.transforms._staging import Operands
 
@@ -92,6 +92,7 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 - as in JAX
         fwd, bwd = self._rules
         everything = self._positional(self._bound + args, kwargs)
         still = {n: everything[n] for n in self._still if n < len(everything)}
+        refuse_static("nnx.custom_vjp", "nondiff_argnums, and return None as its gradient", list(still.values()))
         call = Call([None if n in still else arg for n, arg in enumerate(everything)], {})
         operands = Operands(call, "flags")
 

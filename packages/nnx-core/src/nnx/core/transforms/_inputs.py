@@ -18,6 +18,7 @@ from nnx.core._tracing import current_trace
 from nnx.core._variable import PLAIN, Cell, trace_error, unshared
 from nnx.core.transforms._lift import Frame, Initializing, Packed, is_object, is_packed, lifting, packed_of
 from nnx.core.transforms._outcome import NOTHING, Hole, HoleNode, Outcome, distinct
+from nnx.core.transforms._values import check_deleted, check_values
 
 __all__ = ["Call", "Inputs", "pack", "run"]
 
@@ -329,7 +330,20 @@ class Call:
         """Build, run the function, and take stock."""
         inputs = Inputs()
         args, kwargs = self.build(inputs, leaves)
-        return run(function, inputs, args, kwargs)
+        try:
+            return run(function, inputs, args, kwargs)
+        except TypeError:
+            if any(type(leaf) is Packed and _is_abstract(leaf.values) for leaf in leaves):
+                check_values(*self.frame.known())
+            raise
+        except RuntimeError as error:
+            if "deleted" in str(error):
+                check_deleted(*self.frame.known(), error)
+            raise
+
+
+def _is_abstract(values: Any) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(values))
 
 
 def pack(tree: Any, frame: Frame) -> Any:

@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from nnx.core.transforms._staging import zeros_of
 
-__all__ = ["hoisted", "varying"]
+__all__ = ["hoisted", "used_constants", "varying"]
 
 
 def varying(closed: ClosedJaxpr) -> list[bool]:
@@ -20,6 +20,16 @@ def varying(closed: ClosedJaxpr) -> list[bool]:
         if eqn.effects or any(not isinstance(var, Literal) and var in tainted for var in eqn.invars):
             tainted.update(eqn.outvars)
     return [not isinstance(var, Literal) and var in tainted for var in jaxpr.outvars]
+
+
+def used_constants(closed: ClosedJaxpr) -> list[Any]:
+    """The constants that the outputs of a jaxpr are computed from."""
+    jaxpr = closed.jaxpr
+    needed = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(var for var in eqn.invars if not isinstance(var, Literal))
+    return [value for var, value in zip(jaxpr.constvars, closed.consts, strict=True) if var in needed]
 
 
 def hoisted(closed: ClosedJaxpr, outputs: Sequence[int]) -> list[Any]:

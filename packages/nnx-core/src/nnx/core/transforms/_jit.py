@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import jax
-import numpy as np
 
-from nnx.core._errors import AttributeKindError, VariableError
+from nnx.core._errors import AttributeKindError
 from nnx.core._explain import TraceLog, warn_of_captures
 from nnx.core._layout import Layout
 from nnx.core._object import Object
-from nnx.core._state import path_text
 from nnx.core._tracing import current_trace, is_eager
-from nnx.core._variable import PLAIN
 from nnx.core.transforms._callable import lift_callable
 from nnx.core.transforms._donate import separate
 from nnx.core.transforms._inputs import Inputs, run
@@ -26,6 +23,7 @@ from nnx.core.transforms._lift import Frame, as_packed, enter, is_object, is_unt
 from nnx.core.transforms._outcome import NOTHING
 from nnx.core.transforms._report import Report
 from nnx.core.transforms._stages import Lowered, Traced
+from nnx.core.transforms._values import explain
 
 __all__ = ["JitWrapped", "jit", "kept_on"]
 
@@ -205,8 +203,7 @@ class JitWrapped(Generic[P, R]):
         if self._donates and _is_given_twice(error):
             self._direct = False  # it will be so again
             return functools.partial(self._call_elsewise, args, kwargs)
-        if isinstance(error, TypeError):
-            check_values(roots, layouts)
+        explain(roots, layouts, error)
         return None
 
     def _call_elsewise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -251,8 +248,8 @@ class JitWrapped(Generic[P, R]):
             named = _enter_named(kwargs, roots, layouts)
             try:
                 return roots, layouts, jitted(*given, **named)
-            except TypeError:
-                check_values(roots, layouts)
+            except (TypeError, RuntimeError) as error:
+                explain(roots, layouts, error)
                 raise
         # JAX meets the Modules while it flattens the arguments, the Frame before all others.
         first = next((i for i in range(len(args)) if not static or i not in self._static), None)
@@ -265,8 +262,8 @@ class JitWrapped(Generic[P, R]):
         with lifting(frame):
             try:
                 result = jitted(*args, **kwargs)
-            except TypeError:
-                check_values(*frame.known())
+            except (TypeError, RuntimeError) as error:
+                explain(*frame.known(), error)
                 raise
         return *frame.known(), result
 
@@ -364,18 +361,6 @@ def _is_given_twice(error: Exception) -> bool:
     """Whether JAX has refused to give an array away that is elsewhere in the call as well."""
     text = str(error)
     return "INVALID_ARGUMENT" in text and "donate" in text
-
-
-def check_values(roots: Sequence[Object], layouts: Sequence[Layout]) -> None:
-    """Raise if a Variable holds what JAX cannot take, by path, where JAX itself can only count."""
-    for root, layout in zip(roots, layouts, strict=True):
-        for cell, path in zip(layout.cells, layout.moduledef.schema.paths, strict=True):
-            for leaf in jax.tree.leaves(cell._value):
-                if not isinstance(leaf, (np.ndarray, *PLAIN)):
-                    raise VariableError(
-                        f"`{path_text(path)}` of the {type(root).__name__} holds a {type(leaf).__name__} "
-                        f"({leaf!r:.60}): a Variable that goes into a transform holds arrays or numbers"
-                    )
 
 
 def _in_shardings(given: Any, shift: int) -> Any:

@@ -11,11 +11,11 @@ import numpy as np
 
 from nnx.core._context import RngStream
 from nnx.core._errors import StructureError
-from nnx.core._explain import definition_differences
+from nnx.core._explain import attribute_differences
 from nnx.core._graph import walk
 from nnx.core._layout import walk_in_turn
 from nnx.core.transforms._lift import Frame
-from nnx.core.transforms._outcome import HoleNode, Outcome, distinct
+from nnx.core.transforms._outcome import HoleNode, Outcome, distinct, identity_differences
 from nnx.core.transforms._staging import Operands
 
 __all__ = ["Join", "live_places"]
@@ -85,7 +85,11 @@ class Join:
         for name, outcome in zip(names[1:], outcomes[1:], strict=True):
             same = (outcome.post, outcome.objects, outcome.cells) == (first.post, first.objects, first.cells)
             if not same:
-                lines = "\n  ".join(definition_differences(first.post or before, outcome.post or before))
+                lines = "\n  ".join(
+                    attribute_differences(first.post or before, outcome.post or before)
+                    or identity_differences(before, first, outcome)
+                    or ["the order or sharing of Modules differs"]
+                )
                 raise StructureError(
                     f"the branches of {what} leave the Modules in different structures; after {names[0]}, and after "
                     f"{name}:\n  {lines}\n"

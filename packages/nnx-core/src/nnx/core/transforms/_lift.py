@@ -27,6 +27,7 @@ __all__ = [
     "is_untouched",
     "lifting",
     "packed_of",
+    "refuse_static",
     "register",
 ]
 
@@ -263,6 +264,16 @@ jax.tree_util.register_pytree_with_keys(Frame, _flatten_frame_with_keys, _unflat
 def is_object(value: Any) -> bool:
     """Whether a value is a Module or a Context: a leaf to our own tree functions."""
     return isinstance(value, Object)
+
+
+def refuse_static(what: str, argument: str, value: Any) -> None:
+    """Raise if an argument that is handed on as it is holds a Module."""
+    for leaf in jax.tree.leaves(value, is_leaf=is_object):
+        if is_object(leaf):
+            raise AttributeKindError(
+                f"a {type(leaf).__name__} cannot be a static argument of {what}: its arrays would be constants of the "
+                f"compiled code, and its changes would go unseen. Leave it out of {argument}"
+            )
 
 
 register(Context)

@@ -12,7 +12,7 @@ import numpy as np
 
 from nnx.core._context import RngStream
 from nnx.core._errors import StructureError, VariableError
-from nnx.core._explain import definition_differences
+from nnx.core._explain import attribute_differences
 from nnx.core._graph import walk
 from nnx.core._state import path_text
 from nnx.core._variable import Intermediate
@@ -20,7 +20,7 @@ from nnx.core.transforms._callable import lift_callable
 from nnx.core.transforms._first import First, Numbers, either, numbers_of
 from nnx.core.transforms._inputs import Call
 from nnx.core.transforms._lift import Packed
-from nnx.core.transforms._outcome import HoleNode, Outcome, distinct, finish
+from nnx.core.transforms._outcome import HoleNode, Outcome, distinct, finish, identity_differences
 from nnx.core.transforms._staging import Once, Operands, grow, stage, zeros_of
 
 __all__ = ["check_returned", "fori_loop", "is_hole", "raise_unstable", "settled", "while_loop", "written_values"]
@@ -408,9 +408,12 @@ def raise_unstable(what: str, body: Any, call: Call, outcome: Outcome) -> None:
         for (path, kind, _), origin in zip(post.schema.entries, outcome.cells, strict=True)
         if origin < 0 and not any(path[start : start + len(above)] == above for above, _ in made)
     ]
+    before = walk(roots).moduledef
     lines = "\n  ".join(
         [f"`{path_text(path)}` is a new {kind.__name__} each time" for path, kind in made]
-        or definition_differences(walk(roots).moduledef, post)
+        or attribute_differences(before, post)
+        or identity_differences(before, Outcome(), outcome)
+        or ["the order or sharing of Modules changes"]
     )
     raise StructureError(
         f"each run of the body of {what}, `{getattr(body, '__qualname__', body)}`, leaves the Modules in another "
@@ -448,7 +451,8 @@ def check_returned(what: str, call: Call, span: tuple[int, int], tree: Any, out:
     leaves, got = jax.tree.flatten(out, is_leaf=is_hole)
     if got != tree:
         raise StructureError(
-            f"the body of {what} returns another structure than it was given: given {tree}, returned {got}"
+            f"the body of {what} returns another structure than it was given: given {tree}, returned {got}. A compiled "
+            "loop hands one structure from run to run: return every part of the carry, changed or not"
         )
     roots = call.frame.roots
     for i, (place, leaf) in enumerate(zip(range(*span), leaves, strict=True)):

@@ -10,13 +10,13 @@ import jax
 from nnx.core._graph import ModuleDef
 from nnx.core._layout import walk_in_turn
 from nnx.core._object import Object
-from nnx.core._state import path_text
+from nnx.core._state import Path, path_text
 from nnx.core._tracing import current_trace
 from nnx.core._update import sync
 from nnx.core._variable import check_cell_trace
 from nnx.core.transforms._lift import Frame
 
-__all__ = ["NOTHING", "Hole", "HoleNode", "Outcome", "distinct", "finish"]
+__all__ = ["NOTHING", "Hole", "HoleNode", "Outcome", "distinct", "finish", "identity_differences"]
 
 
 class Outcome(NamedTuple):
@@ -52,6 +52,39 @@ class Outcome(NamedTuple):
 # As a pytree an Outcome has no leaves. What comes out of the unflattening must flatten to the same again, or JAX leaves
 # its fast path.
 jax.tree_util.register_pytree_node(Outcome, lambda outcome: ((), outcome), lambda outcome, _: outcome)
+
+
+def identity_differences(before: ModuleDef[Any], one: Outcome, other: Outcome) -> list[str]:
+    """Where two traces leave different Modules or Variables in one place, by path.
+
+    Args:
+        before: the definition of the distinct roots, before either.
+        one: what the one trace learned.
+        other: what the other did.
+    """
+    first, second = _identities(before, one), _identities(before, other)
+    lines: dict[Path, str] = {}
+    for path in first:
+        inside = any(path[:length] in lines for length in range(len(path)))
+        if path in second and first[path] != second[path] and not inside:
+            lines[path] = f"`{path_text(path)}` is {first[path]} -> {second[path]}"
+    return list(lines.values())
+
+
+def _identities(before: ModuleDef[Any], outcome: Outcome) -> dict[Path, str]:
+    """For each path what is there, by where it was before."""
+    paths, entries = before.node_paths(), before.schema.entries
+    if outcome.post is None:
+        found = {path: f"what was `{path_text(path)}`" for path in paths}
+        return found | {path: f"what was `{path_text(path)}`" for path, _, _ in entries}
+    post = outcome.post
+    found = {
+        path: f"what was `{path_text(paths[origin])}`" if origin >= 0 else f"a new {node.type.__name__}"
+        for path, node, origin in zip(post.node_paths(), post.nodes, outcome.objects, strict=True)
+    }
+    for (path, kind, _), origin in zip(post.schema.entries, outcome.cells, strict=True):
+        found[path] = f"what was `{path_text(entries[origin][0])}`" if origin >= 0 else f"a new {kind.__name__}"
+    return found
 
 
 NOTHING = Outcome()

@@ -10,6 +10,7 @@ import jax
 
 from nnx.core.transforms._callable import lift_callable
 from nnx.core.transforms._inputs import Call
+from nnx.core.transforms._lift import refuse_static
 from nnx.core.transforms._outcome import finish
 from nnx.core.transforms._staging import Operands, content_of, stage
 
@@ -77,6 +78,7 @@ def remat(
     @functools.wraps(function, updated=())
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         still = {n % len(args) if args else n: args[n] for n in numbers if -len(args) <= n < len(args)}
+        refuse_static("nnx.remat", "static_argnums", list(still.values()))
         moving = [None if i in still else arg for i, arg in enumerate(args)]
         shifted = {n + len(bound): value for n, value in still.items()}
         implementation = functools.partial(_remat, function, policy, prevent_cse, shifted)

@@ -37,7 +37,7 @@ from nnx.core.transforms._axes import (
 )
 from nnx.core.transforms._first import First, Numbers, either, numbers_of, reads, restructures
 from nnx.core.transforms._inputs import Call
-from nnx.core.transforms._invariant import hoisted, varying
+from nnx.core.transforms._invariant import hoisted, used_constants, varying
 from nnx.core.transforms._join import live_places
 from nnx.core.transforms._lift import Packed
 from nnx.core.transforms._loops import check_returned, is_hole, settled
@@ -513,8 +513,25 @@ class Run:
                 "variable_carry=filter, or give each run its own, variable_axes={filter: 0}"
             )
         positions = [k for i, _ in wanted for k in jax.tree.leaves(values[i])]
+        self._check_reads(once, [change for _, change in wanted])
         found = iter(hoisted(once.closed, positions))
         return {i: jax.tree.map(lambda _: next(found), values[i]) for i, _ in wanted}
+
+    def _check_reads(self, once: Once, wanted: Sequence[Change]) -> None:
+        """What a run reads of a shared Variable before it writes it would be the same in the runs after it."""
+        layouts = self.call.frame.layouts
+        own = {
+            id(leaf): change.name
+            for change in wanted
+            if change.place is not None
+            for leaf in jax.tree.leaves(layouts[change.place[0]].cells[change.place[1]]._value)
+        }
+        bad = {own[id(value)] for value in used_constants(once.closed) if id(value) in own}
+        if bad:
+            raise VariableError(
+                f"inside of nnx.scan the shared {', '.join(sorted(bad))} is read and then written: the runs after the "
+                "first would not see what was written. Carry it, variable_carry=filter, or only read it"
+            )
 
     def _output(self, once: Once, ys: Any, last: Mapping[tuple[int, int], Any]) -> Any:
         out_axes = self._out_axes()

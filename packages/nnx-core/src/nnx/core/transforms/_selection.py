@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from nnx.core._filters import Filter
 from nnx.core._graph import check_equivalent
 from nnx.core._layout import Layout, layout_of
 from nnx.core._object import Object
-from nnx.core._state import Schema, State, near_misses, path_text
+from nnx.core._state import Path, Schema, State, near_misses, path_text
 from nnx.core.transforms._inputs import Call
 from nnx.core.transforms._lift import Packed
 
@@ -95,7 +95,7 @@ class Selection:
                         f"{type(part).__name__}"
                     )
                 schema, positions = layout.moduledef.schema, []
-                for path, kind, metadata in part._schema.entries:
+                for (path, kind, metadata), value in zip(part._schema.entries, part._values, strict=True):
                     if path not in schema.index:
                         raise StructureError(
                             f"the tangent of a {type(root).__name__} names `{path_text(path)}`, which it does not "
@@ -104,6 +104,7 @@ class Selection:
                     _, own_kind, own_metadata = schema.entries[schema.index[path]]
                     check_equivalent(path_text(path), own_kind, own_metadata, kind, metadata)
                     positions.append(schema.index[path])
+                    _check_tangent(path, layout.cells[positions[-1]]._value, value)
                 self._select(i, part._schema, positions)
                 given.update(zip(self._gradients[i].places, part._values, strict=True))
         self._settle()
@@ -170,6 +171,19 @@ def _position(number: int, count: int) -> int:
             f"argnums names argument {number}, but the function was called with {count} positional arguments"
         )
     return position
+
+
+def _check_tangent(path: Path, value: Any, tangent: Any) -> None:
+    def texts(leaves: Any, of: Callable[[Any], Any]) -> list[str]:
+        return [f"{aval.dtype}[{','.join(map(str, aval.shape))}]" for aval in map(of, jax.tree.leaves(leaves))]
+
+    wanted = texts(value, lambda leaf: jax.typeof(leaf).to_tangent_aval())
+    got = texts(tangent, lambda leaf: leaf if hasattr(leaf, "dtype") else jax.typeof(leaf))
+    if wanted != got:
+        raise StructureError(
+            f"the tangent of `{path_text(path)}` is {', '.join(got) or 'nothing'}, and by the Variable it is "
+            f"{', '.join(wanted)}: a tangent has the shape and dtype of its value, and float0 for integers"
+        )
 
 
 def _check_dtypes(root: Object, schema: Schema, values: Sequence[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +11,9 @@ import jax
 from jax.sharding import PartitionSpec
 
 from nnx.core._context import RngStream
-from nnx.core._errors import VariableError
+from nnx.core._errors import StructureError, VariableError
 from nnx.core._filters import Filter, to_filter
-from nnx.core._state import make_node
+from nnx.core._state import make_node, path_text
 from nnx.core._tracing import varying_axes
 from nnx.core.transforms._axes import Change, axes_like, changes
 from nnx.core.transforms._callable import lift_callable
@@ -68,6 +69,7 @@ def shard_map(
         A function of the same arguments.
 
     Raises:
+        StructureError: a value cannot be split as its spec says.
         VariableError: a Variable that is the same on each shard was written with values that differ.
 
     Example:
@@ -102,6 +104,7 @@ def shard_map(
         call = Call(args, kwargs)
         specs = _leaf_specs(call, in_specs, len(bound), len(args))
         sharded = _Sharded(call, rules, specs, folded, check_vma)
+        sharded.check_shapes(mesh if mesh is not None else jax.sharding.get_abstract_mesh())
         mapped = jax.shard_map(
             functools.partial(sharded.shard, function),
             in_specs=(sharded.in_specs,),
@@ -162,6 +165,27 @@ class _Sharded:
                 self.traced.append(i)
         every = [spec for own in self.assigned for spec in own] + [spec for _, spec in rules]
         self.known = list(dict.fromkeys([PartitionSpec(), *every]))
+
+    def check_shapes(self, mesh: Any) -> None:
+        """Check that the specs fit the mesh and the values, which JAX would do without their names."""
+        sizes = dict(mesh.shape)
+        if not sizes:
+            return
+        unknown = [name for name in self.folded if name not in sizes]
+        if unknown:
+            raise ValueError(
+                f"split_rngs of nnx.shard_map names the mesh axis {unknown[0]!r}, and the mesh has "
+                f"{', '.join(map(repr, sizes))}"
+            )
+        for i, value, spec in zip(self.traced, self.operands, self.in_specs, strict=True):
+            if type(self.call.leaves[i]) is not Packed:
+                _check_shape(f"leaf {i} of the arguments", value, spec, sizes)
+                continue
+            root = self.call.packed.index(i)
+            kind = type(self.call.frame.roots[root]).__name__
+            paths = self.call.frame.layouts[root].moduledef.schema.paths
+            for path, part, own in zip(paths, value, spec, strict=True):
+                _check_shape(f"`{path_text(path)}` of the {kind}", part, own, sizes)
 
     def _spec(self, entry: Any, value: Any, default: Any) -> Any:
         path, kind, metadata = entry
@@ -225,3 +249,18 @@ class _Sharded:
                     f"spec {spec} says that they do not. Make them one (jax.lax.pmean, psum), or give it a spec with "
                     "the axis, variable_specs={filter: PartitionSpec(...)}"
                 )
+
+
+def _check_shape(name: str, value: Any, spec: Any, sizes: Mapping[str, int]) -> None:
+    for leaf in jax.tree.leaves(value):
+        shape = jax.numpy.shape(leaf)
+        parts = [part if isinstance(part, tuple) else (part,) for part in spec]
+        split = [
+            math.prod(sizes.get(axis, 1) for axis in part if isinstance(axis, str)) for part in parts[: len(shape)]
+        ]
+        if len(parts) > len(shape) or any(size % pieces for size, pieces in zip(shape, split, strict=False)):
+            raise StructureError(
+                f"{name} has the shape {list(shape)}, which {spec} does not split evenly over a mesh of {dict(sizes)}. "
+                "in_specs says how each argument is split, variable_specs how Variables are; PartitionSpec() stands "
+                "for what is the same on each shard"
+            )
