@@ -347,6 +347,68 @@ def test_what_cannot_be_saved_is_refused_at_once(checkpointer, tmp_path):
         nnx.Checkpointer(tmp_path, keep_last=0)
 
 
+def test_paths_keep_the_types_of_their_parts(checkpointer):
+    value = {"by number": {0: jnp.ones(1), 10: jnp.zeros(1)}, "a/b": jnp.ones(2), "list": [jnp.ones(3)]}
+    checkpointer.save(0, value)
+    checkpointer.wait()
+    with nnx.Checkpointer(checkpointer.directory) as other:  # from the file
+        entries = other.inspect().items["state"]
+    assert {path: entry.spec.parts for path, entry in entries.items()} == {
+        "a/b": ("a/b",),
+        "by number/0": ("by number", 0),
+        "by number/10": ("by number", 10),
+        "list/0": ("list", 0),
+    }
+    restored = checkpointer.restore(like=jax.tree.map(jnp.zeros_like, value)).value
+    np.testing.assert_array_equal(restored["by number"][0], [1])
+    with pytest.raises(nnx.StructureError, match="two leaves with the path `x/0`"):
+        checkpointer.save(1, {"x": {"0": jnp.ones(1)}, "x/0": jnp.ones(1)})
+    with pytest.raises(nnx.PathError, match="'a/b' cannot be a part of a path"):
+        checkpointer.save(1, nnx.State([(("a/b",), nnx.Param(jnp.ones(1)))]))
+
+
+def test_all_is_changed_or_nothing(checkpointer, monkeypatch):
+    class Position:
+        def __init__(self, at):
+            self.at = at
+
+        def get_state(self):
+            return self.at
+
+        def set_state(self, state):
+            self.at = state
+
+    saved, model = make(0), make(1)["model"]
+    ctx, data = nnx.context(3), Position(1)
+    checkpointer.save(0, {"model": saved["model"]}, context=nnx.context(4), data_iter=Position(7))
+    before = model.clone()
+
+    def refuse(self, *_):
+        raise MemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nnx.Context, "update_state", refuse)
+        with pytest.raises(MemoryError, match="no memory left"):
+            checkpointer.restore(like={"model": model}, context=ctx, data_iter=data)
+    assert_identical(model, before)
+    assert data.at == 1
+    np.testing.assert_array_equal(*(jax.random.key_data(c.fork().make_rng("params")) for c in (ctx, nnx.context(3))))
+
+    class Stubborn(Position):
+        def set_state(self, state):
+            self.at = state
+            if state == 7:
+                raise ValueError("cannot go there")
+
+    data = Stubborn(2)
+    with pytest.raises(ValueError, match="cannot go there"):
+        checkpointer.restore(like={"model": model}, context=ctx, data_iter=data)
+    assert_identical(model, before)
+    assert data.at == 2
+    checkpointer.restore(like={"model": model}, context=ctx)
+    assert_identical(model, saved["model"])
+
+
 def test_nothing_to_restore(checkpointer):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         checkpointer.restore(like={"x": jnp.ones(1)})
@@ -366,9 +428,8 @@ def test_a_directory_that_is_none_and_a_checkpoint_that_is_not_ours(tmp_path):
             checkpointer.restore(like={"x": jnp.ones(1)})
         with pytest.raises(nnx.CheckpointError, match="step 1 .* was not saved by"):
             checkpointer.restore(1, like={"x": jnp.ones(1)})
-        checkpointer.save(1, {"x": jnp.ones(1)}, force=True)
         with pytest.raises(nnx.CheckpointError, match="a folder 1 that no Checkpointer has saved"):
-            checkpointer.wait()
+            checkpointer.save(1, {"x": jnp.ones(1)}, force=True)
         assert (tmp_path / "other" / "1").exists()
 
 

@@ -54,6 +54,18 @@ def test_policies_add_up(tmp_path, options, kept):
         assert checkpointer.latest_step == 9
 
 
+def test_the_best_by_name(tmp_path):
+    # The first would be the accuracy: a dict that went through jit is sorted.
+    metrics = jax.jit(lambda step: {"loss": (step - 2) ** 2, "accuracy": step})
+    with nnx.Checkpointer(tmp_path, save_every=1, keep_last=1, keep_best=1, best_metric="loss") as checkpointer:
+        for step in range(5):
+            checkpointer.save(step, {"x": jnp.ones(())}, metrics=metrics(step))
+        assert checkpointer.best_step == 2
+        assert checkpointer.steps == (2, 4)
+        with pytest.raises(ValueError, match="best_metric is 'loss', and the metrics are 'lost'"):
+            checkpointer.save(5, {"x": jnp.ones(())}, metrics={"lost": 1})
+
+
 def test_there_is_no_best_without_finite_metrics(checkpointer):
     assert checkpointer.best_step is None
     checkpointer.save(0, {"x": jnp.ones(())}, metrics={"loss": float("nan")})
@@ -76,6 +88,19 @@ def test_only_a_part(checkpointer):
     checkpointer.save(1, {"model": saved, "optimizer": nnx.Optimizer(saved, optax.adam(1e-3))})
     checkpointer.restore(like={"model": model}, only=nnx.Param)
     np.testing.assert_array_equal(model.head.kernel, saved.head.kernel)
+
+
+def test_only_a_part_of_an_optimizers_state(checkpointer):
+    """Whose keys are paths: `opt_state/0/mu/encoder/kernel`."""
+    tx = optax.adam(1e-3)
+    state = nnx.TrainState.from_module(make(0), tx)
+    moved = state.apply_gradients(state.params)
+    checkpointer.save(0, {"run": moved, "a": jnp.ones(1), "a/b": jnp.ones(2)})
+    like = {"run": state, "a": jnp.zeros(1), "a/b": jnp.zeros(2)}
+    restored = checkpointer.restore(like=like, only=nnx.PathGlob("**/mu/encoder/*")).value["run"]
+    np.testing.assert_array_equal(restored.opt_state[0].mu["encoder/kernel"], moved.opt_state[0].mu["encoder/kernel"])
+    assert not restored.opt_state[0].nu["encoder/kernel"].any()
+    np.testing.assert_array_equal(restored.params["encoder/kernel"].value, state.params["encoder/kernel"].value)
 
 
 def test_renames(checkpointer):

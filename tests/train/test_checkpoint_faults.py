@@ -1,7 +1,8 @@
-"""Damage, kills, full disks, read-only directories and two processes: nothing is lost, and nothing wrong is loaded."""
+"""Damage, full disks, read-only directories and two processes: nothing is lost, and nothing wrong is loaded.
 
-import os
-import random
+Random damage and random kills are in tests/faults.
+"""
+
 import shutil
 import subprocess
 import sys
@@ -32,26 +33,6 @@ def equal(value, expected):
     return all(np.array_equal(a, b) for a, b in zip(data_of(value), data_of(expected), strict=True))
 
 
-def damage(folder, seed):
-    """Flip a bit, cut a file short, remove one, or empty a folder."""
-    rng = random.Random(seed)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    file = rng.choice(files)
-    how = rng.choice(["flip", "flip", "truncate", "remove", "empty"])
-    if how == "flip":
-        content = bytearray(file.read_bytes())
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        file.write_bytes(content)
-    elif how == "truncate":
-        os.truncate(file, rng.randrange(file.stat().st_size))
-    elif how == "remove":
-        file.unlink()
-    else:
-        for entry in file.parent.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    return how, file
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("saved") / "run"
@@ -59,32 +40,6 @@ def saved(tmp_path_factory):
         checkpointer.save(1, shifted(1))
         checkpointer.save(2, shifted(2))
     return root
-
-
-DAMAGES = int(os.environ.get("NNX_DAMAGES", "24"))
-
-
-# What reads the arrays leaves callbacks behind when a file is damaged, and their event loop is gone when they come.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("part", range(4))
-def test_damage_is_found_and_the_checkpoint_before_it_is_used(saved, tmp_path, part):
-    for seed in range(part, DAMAGES, 4):
-        root = tmp_path / str(seed)
-        shutil.copytree(saved, root)
-        how, file = damage(root / "2", seed)
-        with nnx.Checkpointer(root, save_every=1) as checkpointer, warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            restored = checkpointer.restore(like=LIKE)
-            # Whatever was damaged, what comes out is what was saved: that of step 2 where the damage does not matter.
-            assert equal(restored.value, shifted(restored.step)), (seed, how, file)
-            if restored.step == 1:
-                gone = not (root / "2").exists()
-                assert gone == any("corrupt-2" in str(warning.message) for warning in caught), (seed, how, file)
-                # And the run goes on from there.
-                if gone:
-                    assert checkpointer.save(2, shifted(2))
-                    assert equal(checkpointer.restore(2, like=LIKE).value, shifted(2))
-        shutil.rmtree(root)
 
 
 def test_errors_name_step_item_and_path(saved, tmp_path):
@@ -127,6 +82,88 @@ def test_when_everything_is_damaged(saved, tmp_path):
         assert len(caught) == 2
         assert checkpointer.steps == ()
     assert {path.name for path in root.iterdir()} - {".lock"} == {"corrupt-1", "corrupt-2"}
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_step_without_its_manifest_is_a_damaged_one(saved, tmp_path, empty):
+    root = tmp_path / "run"
+    shutil.copytree(saved, root)
+    for entry in list((root / "2").iterdir()):
+        if entry.name == "nnx_manifest.json":
+            entry.unlink()
+        elif empty:
+            shutil.rmtree(entry)
+    with nnx.Checkpointer(root, save_every=1) as checkpointer:
+        assert checkpointer.steps == (1,)
+        with pytest.raises(nnx.CorruptError, match="step 2 .* is damaged: it has no manifest"):
+            checkpointer.restore(2, like=LIKE)
+        with pytest.warns(nnx.CheckpointWarning, match="no manifest; it was renamed to corrupt-2, and") as caught:
+            assert checkpointer.restore(like=LIKE).step == 1
+        assert len(caught) == 1
+        assert checkpointer.save(2, shifted(2))
+    # One that lost it since: the next save puts it aside as well.
+    (root / "2" / "nnx_manifest.json").unlink()
+    with nnx.Checkpointer(root, save_every=1) as checkpointer:
+        with pytest.warns(nnx.CheckpointWarning, match="renamed to corrupt-2-1"):
+            checkpointer.save(2, shifted(2))
+        assert equal(checkpointer.restore(2, like=LIKE).value, shifted(2))
+    shutil.rmtree(root / "1")
+    (root / "2" / "nnx_manifest.json").unlink()
+    with (
+        nnx.Checkpointer(root) as checkpointer,
+        pytest.warns(nnx.CheckpointWarning),
+        pytest.raises(nnx.CorruptError, match="step 2 .* no manifest"),
+    ):
+        checkpointer.restore(like=LIKE)
+
+
+def test_what_is_no_damage_puts_nothing_aside(saved, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    shutil.copytree(saved, root)
+    with nnx.Checkpointer(root) as checkpointer:
+
+        def refuse(step):
+            raise PermissionError(13, "Permission denied", str(root / str(step)))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpointer._storage, "read_manifest", refuse)
+            with pytest.raises(nnx.CheckpointError, match="Permission denied.*That is no damage") as error:
+                checkpointer.restore(like=LIKE)
+            assert not isinstance(error.value, nnx.CorruptError)
+        with monkeypatch.context() as patch:
+
+            def no_files_left(*_, **__):
+                raise ValueError("RESOURCE_EXHAUSTED: Too many open files")
+
+            patch.setattr(checkpointer._ocp.Checkpointer, "restore", no_files_left)
+            with pytest.raises(nnx.CheckpointError, match="it can be tried again"):
+                checkpointer.restore(like=LIKE)
+        assert checkpointer.restore(like=LIKE).step == 2
+
+
+def test_a_step_that_its_writer_removes_while_it_is_read(saved, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    shutil.copytree(saved, root)
+    with nnx.Checkpointer(root) as reader:
+        read = reader._reader.read
+
+        def overtaken(step, *args, **options):
+            if step == 2:  # what retention does
+                (root / "2").rename(root / ".removed-2")
+                (root / "1").rename(root / "3")
+                text = (root / "3" / "nnx_manifest.json").read_text()
+                from nnx.train._manifest import Manifest
+
+                manifest = Manifest.from_text(text)
+                (root / "3" / "nnx_manifest.json").write_text(Manifest(3, manifest.items).to_text())
+            return read(step, *args, **options)
+
+        monkeypatch.setattr(reader._reader, "read", overtaken)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            restored = reader.restore(like=LIKE)
+        assert restored.step == 3
+        assert equal(restored.value, shifted(1))
 
 
 def run(program, *args):
@@ -200,18 +237,41 @@ def test_two_processes(tmp_path):
         assert third.save(2, {"x": jnp.ones(1)})
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
 def test_a_read_only_directory(tmp_path):
-    with nnx.Checkpointer(tmp_path, save_every=1) as checkpointer:
+    root = tmp_path / "run"
+    with nnx.Checkpointer(root, save_every=1) as checkpointer:
         checkpointer.save(1, {"x": jnp.ones(1)})
-    tmp_path.chmod(0o500)
-    try:
-        with nnx.Checkpointer(tmp_path, save_every=1) as checkpointer:
-            with pytest.raises(nnx.CheckpointError, match="cannot keep checkpoints in"):
-                checkpointer.save(2, {"x": jnp.ones(1)})
-            assert checkpointer.restore(like={"x": jnp.zeros(1)}).step == 1
-    finally:
-        tmp_path.chmod(0o700)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    root.chmod(0o555)
+    # Nothing is read-only to root, which tests in containers often run as: they hand over to another user.
+    done = run(
+        """
+        import os, sys, jax.numpy as jnp, nnx
+        value = {"x": jnp.ones(1)}
+        with nnx.Checkpointer(sys.argv[2], save_every=1) as warm:  # what is imported late may not be readable then
+            warm.save(0, value)
+            warm.restore(like=value)
+        with nnx.Checkpointer(sys.argv[1], save_every=1) as checkpointer:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setresgid(65534, 65534, 65534)
+                os.setresuid(65534, 65534, 65534)
+            try:
+                checkpointer.save(2, value)
+            except nnx.CheckpointError as error:
+                print("refused:", error)
+            print("restored", checkpointer.restore(like=value).step)
+        """,
+        root,
+        tmp_path / "warm",
+    )
+    root.chmod(0o755)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "refused: cannot keep checkpoints in" in done.stdout
+    assert "restored 1" in done.stdout
+    with nnx.Checkpointer(root) as checkpointer:
+        assert checkpointer.steps == (1,)
 
 
 def test_a_place_that_cannot_be_made(tmp_path):
@@ -223,60 +283,3 @@ def test_a_place_that_cannot_be_made(tmp_path):
         checkpointer.save(1, {"x": jnp.ones(1)})
     with pytest.raises(nnx.CheckpointError, match="a directory of a file system is needed"):
         nnx.Checkpointer("gs://bucket/run")
-
-
-TRAIN = """
-    import sys, jax, jax.numpy as jnp, nnx, optax
-    steps = int(sys.argv[2])
-    model = nnx.Linear(4, 4, ctx=nnx.context(0))
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2))
-    ctx = nnx.context(noise=0)
-    @nnx.jit
-    def train(model, optimizer, ctx):
-        x = jax.random.normal(ctx.make_rng("noise"), (8, 4))
-        loss, grads = nnx.value_and_grad(lambda m: ((m(x) - x) ** 2).mean())(model)
-        optimizer.update(model, grads)
-        return loss
-    with nnx.Checkpointer(sys.argv[1], save_every=2, keep_last=2) as checkpointer:
-        start = 0
-        if checkpointer.latest_step is not None:
-            restored = checkpointer.restore(like={"model": model, "optimizer": optimizer}, context=ctx)
-            start = restored.step
-        for step in range(start + 1, steps + 1):
-            loss = train(model, optimizer, ctx)
-            checkpointer.save(step, {"model": model, "optimizer": optimizer}, context=ctx, metrics={"loss": loss})
-            print(step, float(loss).hex(), flush=True)
-    print("end", model.kernel.tobytes().hex())
-"""
-KILLS = int(os.environ.get("NNX_KILLS", "3"))
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_is_the_run_that_is_not(tmp_path):
-    steps = 40
-    whole = run(TRAIN, tmp_path / "whole", steps)
-    assert whole.returncode == 0, whole.stderr
-    expected = dict(line.split() for line in whole.stdout.splitlines())
-    rng = random.Random(0)
-    seen = {}
-    kills = 0
-    while True:
-        command = [sys.executable, "-c", textwrap.dedent(TRAIN), str(tmp_path / "killed"), str(steps)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if kills < KILLS and len(lines) >= rng.randint(3, 12):
-                    kills += 1
-                    process.kill()
-                    break
-            lines += process.stdout.readlines()
-        for line in lines:
-            name, value = line.split()
-            assert expected[name] == value, name
-            seen[name] = value
-        if process.returncode == 0:
-            break
-        assert process.returncode == -9
-    assert seen == expected
-    assert kills == KILLS

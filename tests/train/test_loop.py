@@ -150,6 +150,8 @@ def train(folder, steps, loggers=(), step_fn=lifted, **options):
 def test_the_same_command_again_goes_on_exactly(tmp_path):
     whole, _, _ = train(tmp_path / "whole", 20, [nnx.JSONLinesLogger(tmp_path / "whole.jsonl")])
     loggers = nnx.JSONLinesLogger(tmp_path / "log.jsonl"), nnx.CSVLogger(tmp_path / "log.csv")
+    # As after a kill before the first save.
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"st')
     first, steps, _ = train(tmp_path / "run", 10, loggers)
     assert (first.step, steps) == (10, (4, 8, 10))
     # As after a kill: lines were written that no checkpoint knows of, the last of them cut short.
@@ -216,6 +218,28 @@ def test_numbers_that_go_bad(tmp_path):
         )
     result, _, _ = train(tmp_path / "c", 6, step_fn=step, check_finite=False)
     assert np.isnan(result.metrics["loss"])
+
+
+def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monkeypatch):
+    steps = []
+
+    def step(state, batch, ctx):
+        metrics = lifted(state, batch, ctx)
+        steps.append(1)
+        if len(steps) == 4:
+            monkeypatch.setattr(
+                checkpointer._storage, "writing", lambda *_: (_ for _ in ()).throw(OSError("no space left"))
+            )
+        if len(steps) == 5:  # the save after step 4 is under way
+            checkpointer._writer._thread.join()
+        return metrics
+
+    with (
+        nnx.Checkpointer(tmp_path, save_every=4) as checkpointer,
+        pytest.raises(nnx.CheckpointError, match="failed in the background: no space left"),
+    ):
+        nnx.fit(step, parts(), Batches(), steps=100, context=nnx.context(noise=0), checkpointer=checkpointer)
+    assert len(steps) == 5
 
 
 def test_wrong_arguments():

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from nnx.core import Context, StructureError
-from nnx.train._errors import CheckpointError, CorruptError
+from nnx.train._errors import CheckpointError, CheckpointNotFoundError, CorruptError
 from nnx.train._keep import Keep
-from nnx.train._leaves import Flat, flatten
+from nnx.train._leaves import Flat, flatten, rebuild
 from nnx.train._manifest import (
     Manifest,
     decode_state,
@@ -76,13 +76,15 @@ class Checkpointer:
             directory, once.
         save_every: `save` does something at the multiples of so many steps.
         keep_last: how many of the newest checkpoints are kept; None keeps all.
-        keep_best: how many of the best are kept besides, by the first of the `metrics` given to `save`; those that are
-            not finite never count as best.
+        keep_best: how many of the best are kept besides, by one of the `metrics` given to `save`; those that are not
+            finite never count as best.
         best_mode: "min" or "max": which metric is better.
         keep_every: the checkpoints of the multiples of so many steps are kept for good.
         async_save: whether data is written in the background. `save` returns when the arrays have been copied, so
             they may be changed or donated at once.
         checksum: whether a checksum of each array is saved, to be checked when it is restored.
+        best_metric: the name of the metric that `keep_best` goes by; None for the first. A dict that went through
+            `jax.jit` is sorted by name.
 
     Raises:
         ValueError: a number is less than 1, or `best_mode` is unknown.
@@ -114,10 +116,11 @@ class Checkpointer:
         keep_every: int | None = None,
         async_save: bool = True,
         checksum: bool = True,
+        best_metric: str | None = None,
     ) -> None:
         if save_every < 1:
             raise ValueError(f"Checkpointer: save_every counts steps from 1 up, got {save_every}")
-        self._keep = Keep(keep_last, keep_best, best_mode, keep_every)
+        self._keep = Keep(keep_last, keep_best, best_mode, keep_every, best_metric)
         # Imported here: it takes longer to import than all the rest.
         import orbax.checkpoint as ocp
 
@@ -151,8 +154,9 @@ class Checkpointer:
         """The steps of the checkpoints in the directory, in rising order, the one being written included."""
         self._check_open()
         steps = set(self._storage.steps())
-        if self._writing is not None:
-            steps.add(self._writing)
+        writing = self._writing  # read once: the background sets it to None
+        if writing is not None:
+            steps.add(writing)
         return tuple(sorted(steps))
 
     @property
@@ -162,6 +166,11 @@ class Checkpointer:
         return steps[-1] if steps else None
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing that `restore` could look at: no checkpoint, damaged ones included."""
+        return not self.steps and not self._storage.strays() and not self._storage.others()
+
+    @property
     def best_step(self) -> int | None:
         """The step with the best metric, or None if none has a finite one."""
         self.wait()
@@ -169,7 +178,12 @@ class Checkpointer:
         return ranked[0] if ranked else None
 
     def should_save(self, step: int) -> bool:
-        """Whether `save(step, ...)` would write: `step` is a multiple of `save_every` and not saved yet."""
+        """Whether `save(step, ...)` would write: `step` is a multiple of `save_every` and not saved yet.
+
+        Raises:
+            CheckpointError: the save before failed in the background.
+        """
+        self._check_errors()
         step = operator.index(step)
         return step % self._save_every == 0 and step not in self.steps
 
@@ -193,7 +207,7 @@ class Checkpointer:
             state_or_module: the value.
             context: a Context whose random streams are saved as well.
             data_iter: a data iterator with `get_state()`, whose position is saved: bytes, or what JSON can hold.
-            metrics: numbers by name, such as the loss; the first decides what is best.
+            metrics: numbers by name, such as the loss; `best_metric`, or the first, decides what is best.
             extra: anything that JSON can hold: configuration, history. Tuples come back as lists.
             force: save also at a step that is no multiple of `save_every`.
 
@@ -204,15 +218,19 @@ class Checkpointer:
             TypeError: a leaf of the value, a metric, the iterator's state or `extra` is nothing that a checkpoint can
                 hold.
             StructureError: two leaves have one path.
+            ValueError: the checkpoints of `best_metric` are kept, and `metrics` has none of that name.
             CheckpointError: there is a later step, or another process saves here, or writing failed, now or at the
                 save before.
         """
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"Checkpointer.save: a step is not negative, got {step}")
+        self._check_open()
+        self._check_errors()
+        if not (force or step % self._save_every == 0):
+            return False
         steps = self.steps
-        if step in steps or not (force or step % self._save_every == 0):
-            self._check_errors()
+        if step in steps:
             return False
         if steps and step < steps[-1]:
             raise CheckpointError(
@@ -224,6 +242,11 @@ class Checkpointer:
             items["context"] = flatten(context, "the context to save")
         _check_concrete(items)
         floats = _floats(metrics or {})
+        if self._keep.metric is not None and floats and self._keep.metric not in floats:
+            raise ValueError(
+                f"Checkpointer.save: best_metric is {self._keep.metric!r}, and the metrics are "
+                f"{', '.join(map(repr, floats))}"
+            )
         position = None if data_iter is None else encode_state(_iterator(data_iter, "get_state")())
         try:
             # Through JSON and back at once: what cannot make the way is refused now, and what is saved no longer
@@ -233,6 +256,8 @@ class Checkpointer:
             raise TypeError(f"Checkpointer.save: `extra` must be what JSON can hold: {error}") from error
         self.wait()
         self._storage.lock()
+        self._storage.check_free(step)
+        self._reader.put_strays_aside()
         copies = snapshot(items, self._pool)
         self._writing = step
 
@@ -310,10 +335,23 @@ class Checkpointer:
             items["context"] = flatten(context, "`context`")
         if data_iter is not None:
             _iterator(data_iter, "set_state")
-        first: CorruptError | None = None
-        for candidate in self._reader.candidates(step):
+        first = self._reader.put_strays_aside() if step is None else None
+        tried: set[int] = set()
+        while True:
+            try:
+                candidate = next(found for found in self._reader.candidates(step) if found not in tried)
+            except (StopIteration, CheckpointNotFoundError):
+                if first is None:
+                    raise
+                raise first from None
+            tried.add(candidate)
             try:
                 manifest, matches = self._reader.match(candidate, items, options)
+                if data_iter is not None and manifest.data_iter is None:
+                    raise StructureError(
+                        f"the checkpoint of step {candidate} in {self._path} has no position of a data iterator: it "
+                        "was saved without `data_iter`"
+                    )
                 values = self._reader.read(candidate, items, matches, mesh, verify=verify)
             except CorruptError as error:
                 if step is not None:
@@ -322,8 +360,6 @@ class Checkpointer:
                 self._reader.put_aside(candidate, error)
                 continue
             return self._install(manifest, items, matches, values, data_iter)
-        assert first is not None
-        raise first
 
     def check(
         self,
@@ -375,15 +411,18 @@ class Checkpointer:
         values: Mapping[str, list[Any]],
         data_iter: Any,
     ) -> Restored:
-        if data_iter is not None:
-            if manifest.data_iter is None:
-                raise StructureError(
-                    f"the checkpoint of step {manifest.step} in {self._path} has no position of a data iterator: it "
-                    "was saved without `data_iter`"
-                )
-            # First, since an iterator is not ours and may refuse.
-            data_iter.set_state(decode_state(manifest.data_iter))
-        rebuilt = {name: flat.rebuild(values[name]) for name, flat in items.items()}
+        if data_iter is None:
+            rebuilt = rebuild(items, values)
+        else:
+            before = data_iter.get_state() if hasattr(data_iter, "get_state") else None
+            try:
+                # First, since an iterator is not ours and may refuse.
+                data_iter.set_state(decode_state(manifest.data_iter))
+                rebuilt = rebuild(items, values)
+            except BaseException:
+                if before is not None:
+                    data_iter.set_state(before)
+                raise
         return Restored(manifest.step, rebuilt["state"], manifest.extra, dict(manifest.metrics), _joined(matches))
 
     def wait(self) -> None:
@@ -397,6 +436,8 @@ class Checkpointer:
             self._writer.wait()
 
     def _check_errors(self) -> None:
+        if not self._writer.failed:
+            return
         with self._as_errors(f"saving in {self._path} failed in the background"):
             self._writer.check()
 

@@ -19,12 +19,12 @@ class CorruptError(CheckpointError):
     """A checkpoint is not what was saved: a file is damaged or missing.
 
     Attributes:
-        step: the step.
+        step: the step, or None if it is not known.
         item: the part of the checkpoint, or None for the manifest.
         path: the `/`-joined path of the leaf, or None where it is not one leaf.
     """
 
-    def __init__(self, message: str, step: int, item: str | None = None, path: str | None = None) -> None:
+    def __init__(self, message: str, step: int | None, item: str | None = None, path: str | None = None) -> None:
         super().__init__(message)
         self.step = step
         self.item = item

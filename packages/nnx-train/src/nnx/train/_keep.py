@@ -15,24 +15,28 @@ class Keep:
         last: how many of the newest are kept; None for all.
         best: how many of the best are kept; None for none.
         mode: "min" or "max": what is better.
+        metric: the name of the metric that decides; None for the first.
         every: the multiples of so many steps are kept for good; None for none.
 
     Raises:
         ValueError: a number is below 1, or the mode is unknown.
     """
 
-    def __init__(self, last: int | None, best: int | None, mode: str, every: int | None) -> None:
+    def __init__(
+        self, last: int | None, best: int | None, mode: str, every: int | None, metric: str | None = None
+    ) -> None:
         for name, number in (("keep_last", last), ("keep_best", best), ("keep_every", every)):
             if number is not None and number < 1:
                 raise ValueError(f"Checkpointer: {name} counts from 1 up, or is None; got {number}")
         if mode not in ("min", "max"):
             raise ValueError(f"Checkpointer: best_mode is 'min' or 'max', got {mode!r}")
-        self.last, self.best, self.mode, self.every = last, best, mode, every
+        self.last, self.best, self.mode, self.every, self.metric = last, best, mode, every, metric
 
     def ranked(self, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
-        """The steps from the best on, by the first metric of each; those without a finite one are left out."""
+        """The steps from the best on; those without a finite metric are left out."""
         sign = 1 if self.mode == "min" else -1
-        found = [(sign * next(iter(values.values())), step) for step, values in metrics.items() if values]
+        named = {step: values.get(self.metric or next(iter(values), "")) for step, values in metrics.items()}
+        found = [(sign * value, step) for step, value in named.items() if value is not None]
         finite = [(value, -step) for value, step in found if math.isfinite(value)]
         return [-step for _, step in sorted(finite)]  # of equals the later first
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from nnx.core import Context, Module, State, StructureError, Variable
 
-__all__ = ["Flat", "Leaf", "Spec", "flatten", "key_data", "spec_of"]
+__all__ = ["Flat", "Leaf", "Spec", "flatten", "key_data", "path_of", "rebuild", "spec_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Leaf:
 
     Attributes:
         path: its path, parts joined by `/`.
+        parts: the parts, where they are not what splitting the path at `/` gives: integers, or texts with a `/`.
         value: an array, a key, a Python number, or a `ShapeDtypeStruct`.
         collection: the collection of the Variable that holds it, None for the leaves of other pytrees.
     """
@@ -27,6 +28,7 @@ class Leaf:
     path: str
     value: Any
     collection: str | None
+    parts: tuple[str | int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Spec:
         impl: the PRNG implementation of a concrete key.
         value: the value of a Python number.
         devices: the number of devices of an array that was put somewhere; None for others.
+        parts: the parts of the path with their types, where they are not what splitting it at `/` gives: integers, or
+            texts with a `/`; None where they are.
     """
 
     kind: str
@@ -50,6 +54,7 @@ class Spec:
     impl: str | None = None
     value: Any = None
     devices: int | None = None
+    parts: tuple[str | int, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The Spec as JSON holds it, without what is absent."""
@@ -59,7 +64,10 @@ class Spec:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Spec:
         """The inverse of `to_json`."""
-        return cls(**{**fields, "shape": tuple(fields["shape"])})
+        own = {**fields, "shape": tuple(fields["shape"])}
+        if "parts" in own:
+            own["parts"] = tuple(own["parts"])
+        return cls(**own)
 
     @property
     def stored(self) -> bool:
@@ -87,33 +95,65 @@ class Flat:
         treedef: Any,
         builders: list[Callable[[Iterator[Any]], Any]],
         roots: list[Any],
+        states: list[State | None],
     ) -> None:
         self.leaves = leaves
         self.entries = entries
         self._treedef = treedef
         self._builders = builders
         self._roots = roots
+        self._states = states
 
     def select(self, only: Any) -> set[str]:
         """The paths of the leaves that a filter matches."""
-        chosen = State([(path, node) for path, node, _ in self.entries]).filter(only)
-        return {leaf for path, _, leaves in self.entries if path in chosen for leaf in leaves}
+        # Each by itself: a State holds no path that begins another one, and a dict of arrays may.
+        return {leaf for path, node, leaves in self.entries if State([(path, node)]).filter(only) for leaf in leaves}
 
-    def rebuild(self, values: Iterable[Any]) -> Any:
-        """Make the value again with other leaves.
-
-        Modules and Contexts are changed in place, after everything else has been built: either all are or none is.
+    def build(self, values: Iterable[Any]) -> list[Any]:
+        """The value's parts again, with other leaves: a State for each Module and Context.
 
         Args:
             values: the new leaves, in the order of `leaves`.
         """
         stream = iter(values)
-        built = [builder(stream) for builder in self._builders]
-        for i, root in enumerate(self._roots):
-            if isinstance(root, (Module, Context)):
-                root.update_state(built[i])
-                built[i] = root
-        return jax.tree.unflatten(self._treedef, built)
+        return [builder(stream) for builder in self._builders]
+
+    def join(self, built: list[Any]) -> Any:
+        """The value of parts from `build`, once Modules and Contexts have been changed."""
+        parts = [root if _in_place(root) else part for root, part in zip(self._roots, built, strict=True)]
+        return jax.tree.unflatten(self._treedef, parts)
+
+    def in_place(self, built: list[Any]) -> list[tuple[Any, Any, Any]]:
+        """Each Module and Context, what it holds, and what it shall hold."""
+        triples = zip(self._roots, self._states, built, strict=True)
+        return [triple for triple in triples if _in_place(triple[0])]
+
+
+def rebuild(flats: Mapping[str, Flat], values: Mapping[str, Iterable[Any]]) -> dict[str, Any]:
+    """Make values again with other leaves. Modules and Contexts are changed in place: all of them, or none.
+
+    Args:
+        flats: the values.
+        values: the new leaves of each, in the order of its `leaves`.
+    """
+    built = {name: flat.build(values[name]) for name, flat in flats.items()}
+    changes = [change for name, flat in flats.items() for change in flat.in_place(built[name])]
+    begun = 0
+    try:
+        for root, _, new in changes:
+            begun += 1
+            root.update_state(new)
+    except BaseException:
+        # In this order: that which raised may do so again, when the others are as they were.
+        for root, old, _ in changes[:begun]:
+            # Not the method of a user's class, which may be what raised.
+            (Module if isinstance(root, Module) else Context).update_state(root, old)
+        raise
+    return {name: flat.join(built[name]) for name, flat in flats.items()}
+
+
+def _in_place(root: object) -> bool:
+    return isinstance(root, (Module, Context))
 
 
 def _is_ours(value: object) -> bool:
@@ -135,12 +175,15 @@ def flatten(value: Any, what: str) -> Flat:
     leaves: list[Leaf] = []
     entries: list[tuple[tuple[str, ...], Any, list[str]]] = []
     builders: list[Callable[[Iterator[Any]], Any]] = []
+    states: list[State | None] = []
     for key_path, root in roots:
         prefix = _key_parts(key_path)
         state = root if isinstance(root, State) else root.partition()[0] if _is_ours(root) else None
+        states.append(state)
         if state is None:
             leaves.append(_leaf(prefix or ["value"], root, None, what))
-            entries.append((tuple(prefix or ["value"]), root, [leaves[-1].path]))
+            # Keys may hold a `/`: those that optax makes of paths do.
+            entries.append((tuple(leaves[-1].path.split("/")), root, [leaves[-1].path]))
             builders.append(next)
         else:
             treedefs = []
@@ -152,14 +195,15 @@ def flatten(value: Any, what: str) -> Flat:
                 treedefs.append(entry_treedef)
                 own = [_leaf([*prefix, *path, *_key_parts(keys)], leaf, collection, what) for keys, leaf in pairs]
                 leaves += own
-                entries.append(((*prefix, *path), node, [leaf.path for leaf in own]))
+                parts = "/".join(map(str, prefix)).split("/") if prefix else ()
+                entries.append(((*parts, *path), node, [leaf.path for leaf in own]))
             builders.append(_state_builder(state, treedefs))
     seen: set[str] = set()
     for leaf in leaves:
         if leaf.path in seen:
             raise StructureError(f"{what} has two leaves with the path `{leaf.path}`; rename one of them")
         seen.add(leaf.path)
-    return Flat(leaves, entries, treedef, builders, [root for _, root in roots])
+    return Flat(leaves, entries, treedef, builders, [root for _, root in roots], states)
 
 
 def _state_builder(state: State, treedefs: Sequence[Any]) -> Callable[[Iterator[Any]], State]:
@@ -171,20 +215,27 @@ def _state_builder(state: State, treedefs: Sequence[Any]) -> Callable[[Iterator[
     return build
 
 
-def _key_parts(key_path: Sequence[Any]) -> list[str]:
-    parts = []
+def _key_parts(key_path: Sequence[Any]) -> list[str | int]:
+    parts: list[str | int] = []
     for key in key_path:
         for attribute in ("key", "name", "idx"):
             if hasattr(key, attribute):
-                parts.append(str(getattr(key, attribute)))
+                part = getattr(key, attribute)
+                parts.append(part if type(part) is int else str(part))
                 break
         else:
             parts.append(str(key))
     return parts
 
 
-def _leaf(parts: Sequence[str], value: Any, collection: str | None, what: str) -> Leaf:
-    path = "/".join(parts)
+def path_of(key_path: Sequence[Any]) -> str:
+    """A path of JAX's as a text: its parts, joined by `/`."""
+    return "/".join(map(str, _key_parts(key_path)))
+
+
+def _leaf(parts: Sequence[str | int], value: Any, collection: str | None, what: str) -> Leaf:
+    path = "/".join(map(str, parts))
+    typed = None if tuple(path.split("/")) == tuple(parts) else tuple(parts)
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{what}: `{path}` is traced; checkpoints are saved and restored outside of JAX transforms")
     if type(value) not in (bool, int, float, complex):
@@ -197,7 +248,7 @@ def _leaf(parts: Sequence[str], value: Any, collection: str | None, what: str) -
             )
         if isinstance(value, jax.Array) and value.is_deleted():
             raise TypeError(f"{what}: the array at `{path}` has been deleted: it was donated to a compiled function")
-    return Leaf(path, value, collection)
+    return Leaf(path, value, collection, typed)
 
 
 def _is_storable(dtype: Any) -> bool:
@@ -209,6 +260,10 @@ def _is_storable(dtype: Any) -> bool:
 
 def spec_of(leaf: Leaf) -> Spec:
     """The Spec of a leaf."""
+    return dataclasses.replace(_spec_of(leaf), parts=leaf.parts) if leaf.parts else _spec_of(leaf)
+
+
+def _spec_of(leaf: Leaf) -> Spec:
     value = leaf.value
     if type(value) in (bool, int, float):
         return Spec(type(value).__name__, collection=leaf.collection, value=value)

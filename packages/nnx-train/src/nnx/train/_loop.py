@@ -81,8 +81,9 @@ def fit(
     metrics. Metrics are a dict of scalars, which stay on the device until they are logged.
 
     With a `checkpointer`, the newest checkpoint is restored first, so the same program run again goes on where it
-    stopped; the state, the context, the position of the data and the number of steps are saved when the checkpointer
-    says so and at the end. SIGTERM and Ctrl-C let the step end, save, and return; a second one ends the program.
+    stopped, and the loggers forget what they were told of later steps; the state, the context, the position of the data
+    and the number of steps are saved when the checkpointer says so and at the end. SIGTERM and Ctrl-C let the step end,
+    save, and return; a second one ends the program.
 
     Args:
         step_fn: one step; compiled by `nnx.jit` or `jax.jit`.
@@ -191,12 +192,14 @@ class _Run:
         return FitResult(self.step, self.state, self.shown, interrupt.signal)
 
     def _resume(self) -> None:
-        if self.checkpointer is None or self.checkpointer.latest_step is None:
+        if self.checkpointer is None:
             return
-        restored = self.checkpointer.restore(
-            like=self.state, context=self.context, data_iter=self.data if self.positioned else None
-        )
-        self.step, self.state = restored.step, restored.value
+        if not self.checkpointer.empty:
+            restored = self.checkpointer.restore(
+                like=self.state, context=self.context, data_iter=self.data if self.positioned else None
+            )
+            self.step, self.state = restored.step, restored.value
+        # A life that ended before its first save has logged steps that are taken again as well.
         for logger in self.loggers:
             logger.resume(self.step)
 

@@ -14,7 +14,10 @@ from nnx.core import StructureError
 from nnx.train._leaves import Flat, Spec, spec_of
 from nnx.train._manifest import Entry
 
-__all__ = ["Match", "RestoreReport", "match"]
+__all__ = ["ANY_COLLECTION", "Match", "RestoreReport", "castable", "match", "pattern_of", "renamed_paths"]
+
+ANY_COLLECTION = "*"
+"""The collection of what comes from a file that knows of none: it goes into any."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ def match(
         cast: whether dtypes may differ.
     """
     mark = "" if item == "state" else f"{item}: "
-    renamed = _renamed(saved, rename or {})
+    renamed = renamed_paths(saved, rename or {})
     targets: dict[str, str] = {}
     problems: list[str] = []
     for source in saved:
@@ -156,17 +159,17 @@ def match(
 def _difference(path: str, saved: Spec, own: Spec, *, cast: bool) -> str | None:
     if (saved.kind, saved.shape) != (own.kind, own.shape) or (saved.dtype != own.dtype and not cast):
         hint = ""
-        if (saved.kind, saved.shape) == (own.kind, own.shape) and _castable(saved, own):
+        if (saved.kind, saved.shape) == (own.kind, own.shape) and castable(saved, own):
             hint = "; cast=True converts it"
         return f"different: `{path}` is saved as {saved}, `like` has {own}{hint}"
-    if saved.collection != own.collection:
+    if saved.collection not in (own.collection, ANY_COLLECTION):
         return f"different: `{path}` is saved as one of `{saved.collection}`, `like` has it in `{own.collection}`"
-    if saved.dtype != own.dtype and not _castable(saved, own):
+    if saved.dtype != own.dtype and not castable(saved, own):
         return f"different: `{path}` is saved as {saved}, `like` has {own}, and no cast keeps what it means"
     return None
 
 
-def _castable(saved: Spec, own: Spec) -> bool:
+def castable(saved: Spec, own: Spec) -> bool:
     """Floats to floats, integers to integers or floats."""
     if saved.kind != "array":
         return False
@@ -179,8 +182,9 @@ def _castable(saved: Spec, own: Spec) -> bool:
     return bool(jnp.issubdtype(old, jnp.integer) and (floating or jnp.issubdtype(new, jnp.integer)))
 
 
-def _renamed(saved: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, str]:
-    rules = [(_pattern(old), new) for old, new in rename.items()]
+def renamed_paths(saved: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, str]:
+    """What each path that a pattern matches becomes, by the first pattern that does."""
+    rules = [(pattern_of(old), new) for old, new in rename.items()]
     result = {}
     used = set()
     for path in saved:
@@ -199,7 +203,8 @@ def _renamed(saved: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, s
     return result
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def pattern_of(text: str) -> re.Pattern[str]:
+    """A pattern of paths: `*` for any text in one part, `**` for any text."""
     pieces = re.split(r"(\*\*|\*)", text)
     return re.compile("".join({"**": "(.*)", "*": "([^/]*)"}.get(piece, re.escape(piece)) for piece in pieces))
 

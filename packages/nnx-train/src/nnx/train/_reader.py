@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import operator
 import warnings
 from collections.abc import Mapping
@@ -20,7 +21,20 @@ from nnx.train._manifest import PACKED, Entry, FutureFormatError, Manifest, chec
 from nnx.train._match import Match, match
 from nnx.train._storage import Storage
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "decode_leaf"]
+
+# What says something of the machine and nothing of the file: a checkpoint is not to be put aside for it.
+_ELSEWHERE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+}
+_ELSEWHERE_WORDS = ("PERMISSION_DENIED", "Permission denied", "RESOURCE_EXHAUSTED", "Too many open files")
 
 
 class Reader:
@@ -68,6 +82,8 @@ class Reader:
             return steps[::-1]
         step = operator.index(step)
         if step not in steps:
+            if step in self._storage.strays():
+                raise self.without_manifest(step)
             if str(step) in self._storage.others():
                 raise CheckpointError(
                     f"the checkpoint of step {step} in {self._path} was not saved by nnx.train.Checkpointer"
@@ -84,7 +100,25 @@ class Reader:
         except FutureFormatError as error:
             raise CheckpointError(f"cannot read the checkpoint of step {step} in {self._path}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
+            self._blame_the_machine(step, error)
             raise CorruptError(f"the checkpoint of step {step} in {self._path} is damaged: {error}", step) from error
+
+    def without_manifest(self, step: int) -> CorruptError:
+        """The error for a step that has lost its manifest."""
+        return CorruptError(f"the checkpoint of step {step} in {self._path} is damaged: it has no manifest", step)
+
+    def _blame_the_machine(self, step: int, error: BaseException) -> None:
+        """Raise if an error tells of the machine, and not of the checkpoint."""
+        link: BaseException | None = error
+        while link is not None:
+            if (isinstance(link, OSError) and link.errno in _ELSEWHERE) or any(
+                words in str(link) for words in _ELSEWHERE_WORDS
+            ):
+                raise CheckpointError(
+                    f"cannot read the checkpoint of step {step} in {self._path}: {link}. That is no damage: nothing "
+                    "was changed, and it can be tried again"
+                ) from error
+            link = link.__cause__ or link.__context__
 
     def match(
         self, step: int, items: Mapping[str, Flat], options: Mapping[str, Any], *, refuse: bool = True
@@ -115,7 +149,7 @@ class Reader:
         result = {}
         for name, flat in items.items():
             sources = matches[name].sources
-            arrays = self._read_arrays(step, name, list(sources.values()))
+            arrays = self.read_arrays(step, name, list(sources.values()))
             if verify:
                 self._verify(step, name, sources.values(), arrays)
             targets = _shardings(flat, mesh)
@@ -126,12 +160,13 @@ class Reader:
                 if leaf.path not in sources:
                     return leaf.value
                 source, entry = sources[leaf.path]
-                return _decode(leaf, source, entry, arrays, targets.get(leaf.path))
+                return decode_leaf(leaf, source, entry, arrays, targets.get(leaf.path))
 
             result[name] = list(self._pool.map(value, flat.leaves))
         return result
 
-    def _read_arrays(self, step: int, name: str, sources: list[tuple[str, Entry]]) -> dict[str, Any]:
+    def read_arrays(self, step: int, name: str, sources: list[tuple[str, Entry]]) -> dict[str, Any]:
+        """What orbax has stored of the entries of an item, as NumPy's arrays by the names in its files."""
         stored = [(path, entry) for path, entry in sources if entry.nbytes]
         keys = {f"leaf:{path}" if entry.offset is None else PACKED for path, entry in stored}
         if not keys:
@@ -147,8 +182,10 @@ class Reader:
         except MemoryError:
             raise
         except Exception as error:  # what orbax and its libraries raise for a damaged file is of any type
+            self._blame_the_machine(step, error)
+            reason = str(error).partition(" [tensorstore_spec=")[0]  # a thousand characters of what was opened
             raise CorruptError(
-                f"the checkpoint of step {step} in {self._path} is damaged: `{name}` cannot be read: {error}",
+                f"the checkpoint of step {step} in {self._path} is damaged: `{name}` cannot be read: {reason}",
                 step,
                 name,
             ) from error
@@ -190,12 +227,23 @@ class Reader:
 
     def put_aside(self, step: int, error: CorruptError) -> None:
         """Rename a damaged step, and say so."""
+        self.manifests.pop(step, None)
         try:
             aside = f"it was renamed to {self._storage.quarantine(step).name}"
+        except FileNotFoundError:
+            return  # whoever saves here has removed it while it was read
         except OSError as problem:
             aside = f"it could not be renamed ({problem})"
-        self.manifests.pop(step, None)
-        warnings.warn(f"{error}; {aside}, and the checkpoint before it is used", CheckpointWarning, stacklevel=3)
+        warnings.warn(f"{error}; {aside}, and the checkpoint before it is used", CheckpointWarning, stacklevel=4)
+
+    def put_strays_aside(self) -> CorruptError | None:
+        """Rename what has lost its manifest, and give the error for the newest of it."""
+        found: CorruptError | None = None
+        for step in reversed(self._storage.strays()):
+            error = self.without_manifest(step)
+            self.put_aside(step, error)
+            found = found or error
+        return found
 
 
 def _shardings(flat: Flat, mesh: Any) -> dict[str, Any]:
@@ -222,7 +270,7 @@ def _target_sharding(value: Any) -> Any:
     return value.sharding if isinstance(value, jax.Array) and value.committed else None
 
 
-def _decode(leaf: Leaf, path: str, entry: Entry, arrays: Mapping[str, Any], sharding: Any) -> Any:
+def decode_leaf(leaf: Leaf, path: str, entry: Entry, arrays: Mapping[str, Any], sharding: Any = None) -> Any:
     """A leaf as `like` has it: a jax array where it was, a NumPy array, a key, or a Python number."""
     spec: Spec = entry.spec
     if spec.kind not in ("array", "key"):

@@ -13,9 +13,10 @@ from typing import IO
 from nnx.train._errors import CheckpointError
 from nnx.train._manifest import Manifest
 
-__all__ = ["Storage"]
+__all__ = ["MANIFEST", "Storage"]
 
 MANIFEST = "nnx_manifest.json"
+_ITEMS = {"state", "context"}
 _WRITING, _REMOVED, _CORRUPT = ".writing-", ".removed-", "corrupt-"
 
 
@@ -48,14 +49,29 @@ class Storage:
         return sorted(int(folder.name) for folder in folders if (folder / MANIFEST).exists())
 
     def others(self) -> list[str]:
-        """Folders named by a step that no Checkpointer wrote."""
+        """Folders named by a step that another program wrote."""
+        return [name for name in self._without_manifest() if not self._is_stray(self.root / name)]
+
+    def strays(self) -> list[int]:
+        """The steps, in rising order, that have lost their manifest: what a damage or half a removal has left."""
+        return sorted(int(name) for name in self._without_manifest() if self._is_stray(self.root / name))
+
+    def _without_manifest(self) -> list[str]:
         with contextlib.suppress(OSError):
             return sorted(
                 folder.name
                 for folder in self.root.iterdir()
-                if folder.name.isdecimal() and not (folder / MANIFEST).exists()
+                # In this order: a step that is renamed away in between has no manifest, and is no longer there.
+                if folder.name.isdecimal() and not (folder / MANIFEST).exists() and folder.exists()
             )
         return []
+
+    def _is_stray(self, folder: Path) -> bool:
+        """Whether a folder holds nothing but what a Checkpointer writes. orbax's own managers write more."""
+        try:
+            return {entry.name for entry in folder.iterdir()} <= _ITEMS
+        except OSError:
+            return False
 
     def read_manifest(self, step: int) -> Manifest:
         """The manifest of a step.
@@ -100,14 +116,17 @@ class Storage:
             self._lock.close()
             self._lock = None
 
-    @contextlib.contextmanager
-    def writing(self, step: int, manifest: Manifest) -> Iterator[Path]:
-        """A folder to write a step to, which becomes the step when the block ends well."""
-        if self.folder(step).exists():
+    def check_free(self, step: int) -> None:
+        """Raise if a folder that is not ours has the name of a step."""
+        if self.folder(step).exists() and step not in self.strays():
             raise CheckpointError(
                 f"cannot save step {step} in {self.root}: there is a folder {step} that no Checkpointer has saved. "
                 "Move it, or save in another directory"
             )
+
+    @contextlib.contextmanager
+    def writing(self, step: int, manifest: Manifest) -> Iterator[Path]:
+        """A folder to write a step to, which becomes the step when the block ends well."""
         folder = self.root / f"{_WRITING}{step}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -126,7 +145,11 @@ class Storage:
 
     def remove(self, step: int) -> None:
         """Remove a step: at once by name, its files after that."""
-        gone = self._rename_away(self.folder(step), _REMOVED)
+        self.remove_folder(self.folder(step))
+
+    def remove_folder(self, folder: Path) -> None:
+        """Remove a folder in the directory, in the same way."""
+        gone = self._rename_away(folder, _REMOVED)
         shutil.rmtree(gone, ignore_errors=True)
 
     def quarantine(self, step: int) -> Path:

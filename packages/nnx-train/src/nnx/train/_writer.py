@@ -45,6 +45,11 @@ class Writer:
         self._thread = threading.Thread(target=run, name="nnx-checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a job that has ended raised, and nobody was told."""
+        return self._error is not None
+
     def check(self) -> None:
         """Raise what a job that has ended raised."""
         error, self._error = self._error, None
