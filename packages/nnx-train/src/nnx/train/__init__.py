@@ -16,6 +16,7 @@ from nnx.train._metrics import Average, MultiMetric, Statistics, Welford
 from nnx.train._optimizer import Optimizer, OptState
 from nnx.train._precision import Precision
 from nnx.train._train_state import TrainState
+from nnx.train.interop import TorchReport, load_safetensors, load_torch_state_dict, save_safetensors
 
 __all__ = [
     "Accuracy",
@@ -52,8 +53,12 @@ __all__ = [
     "TensorBoardLogger",
     "TerminalLogger",
     "TopKAccuracy",
+    "TorchReport",
     "TrainState",
     "Welford",
     "all_finite",
     "fit",
+    "load_safetensors",
+    "load_torch_state_dict",
+    "save_safetensors",
 ]
