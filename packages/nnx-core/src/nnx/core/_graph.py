@@ -129,16 +129,6 @@ class ModuleDef(Generic[M]):
         return found
 
     @property
-    def handle(self) -> Handle:
-        """The one Handle of this definition."""
-        with interning:
-            found = self._handle() if self._handle is not None else None
-            if found is None:
-                found = Handle(self)
-                self._handle = weakref.ref(found)
-            return found
-
-    @property
     def type(self) -> type[M]:
         """The class of the Module that `merge` makes."""
         return self.nodes[self.roots[0]].type
@@ -261,6 +251,16 @@ class Handle:
 
     def __repr__(self) -> str:
         return self.moduledef.type.__name__
+
+
+def handle_of(moduledef: ModuleDef[Any]) -> Handle:
+    """The one Handle of a definition."""
+    with interning:
+        found = moduledef._handle() if moduledef._handle is not None else None
+        if found is None:
+            found = Handle(moduledef)
+            moduledef._handle = weakref.ref(found)
+        return found
 
 
 class _Key:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from nnx.core._errors import StaticError
-from nnx.core._graph import Graph, ModuleDef, statics_changed, walk
+from nnx.core._graph import Graph, ModuleDef, handle_of, statics_changed, walk
 from nnx.core._object import Object
 from nnx.core._state import State, path_text
 from nnx.core._tracing import TraceRef, eager_trace
@@ -66,7 +66,7 @@ class Layout:
     def __init__(self, graph: Graph) -> None:
         self.valid = True
         self.moduledef: ModuleDef[Any] = graph.moduledef
-        self.handle = graph.moduledef.handle
+        self.handle = handle_of(graph.moduledef)
         self.cells: list[Cell] = graph.cells
         self.statics: list[tuple[Any, Hashable, bool]] = graph.statics
         self.token = object()
