@@ -12,6 +12,7 @@ from nnx.core._errors import (
     PathError,
     RetraceError,
     ShapeError,
+    ShardingError,
     StaticError,
     StructureError,
     TraceContextError,
@@ -25,6 +26,15 @@ from nnx.core._module import Module, MutableLeaf
 from nnx.core._nodes import is_node, register_node_type
 from nnx.core._pure import Pure, PureModule
 from nnx.core._pytree import Pytree, TreeNode
+from nnx.core._sharding import (
+    get_named_sharding,
+    get_partition_spec,
+    logical_axis_rules,
+    logical_to_mesh,
+    logical_to_mesh_sharding,
+    with_logical_constraint,
+    with_logical_partitioning,
+)
 from nnx.core._state import Schema, State
 from nnx.core._variable import (
     BatchStat,
@@ -49,6 +59,7 @@ from nnx.core.transforms._map import vmap
 from nnx.core.transforms._remat import remat
 from nnx.core.transforms._scan import Carry, scan
 from nnx.core.transforms._shard import shard_map
+from nnx.core.transforms._sharded_init import sharded_init
 from nnx.core.transforms._stack import Remat, Scan, Stack
 
 __all__ = [
@@ -87,6 +98,7 @@ __all__ = [
     "Schema",
     "Sequence",
     "ShapeError",
+    "ShardingError",
     "Stack",
     "State",
     "Static",
@@ -108,6 +120,8 @@ __all__ = [
     "explain_retraces",
     "field",
     "fori_loop",
+    "get_named_sharding",
+    "get_partition_spec",
     "grad",
     "hessian",
     "is_node",
@@ -115,6 +129,9 @@ __all__ = [
     "jacrev",
     "jit",
     "jvp",
+    "logical_axis_rules",
+    "logical_to_mesh",
+    "logical_to_mesh_sharding",
     "make_jaxpr",
     "node_field",
     "param_field",
@@ -122,6 +139,7 @@ __all__ = [
     "remat",
     "scan",
     "shard_map",
+    "sharded_init",
     "static_field",
     "switch",
     "to_filter",
@@ -131,5 +149,7 @@ __all__ = [
     "vjp",
     "vmap",
     "while_loop",
+    "with_logical_constraint",
+    "with_logical_partitioning",
     "with_metadata",
 ]

@@ -10,6 +10,7 @@ __all__ = [
     "PathError",
     "RetraceError",
     "ShapeError",
+    "ShardingError",
     "StaticError",
     "StructureError",
     "TraceContextError",
@@ -62,3 +63,7 @@ class RetraceError(NnxError, RuntimeError):
 
 class ShapeError(NnxError, ValueError):
     """An argument has another shape or dtype than the callee expects."""
+
+
+class ShardingError(NnxError, ValueError):
+    """Logical axes, rules, a mesh and the sizes of an array do not fit each other."""

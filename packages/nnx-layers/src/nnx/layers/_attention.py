@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 
 from nnx.core import Context, Module, ShapeError
 from nnx.layers._common import (
+    DefaultNames,
+    Names,
     PrecisionLike,
     check_features,
     default_bias_init,
@@ -45,7 +47,8 @@ class MultiHeadAttention(Module):
     positions.
 
     Attributes:
-        query: LinearGeneral, its kernel [in_features, num_heads, head_dim], its bias [num_heads, head_dim].
+        query: LinearGeneral, its kernel [in_features, num_heads, head_dim], its bias [num_heads, head_dim]. The
+            logical axes are "embed", "heads" ("kv_heads" for keys and values) and "head_dim".
         key: LinearGeneral, its kernel [in_kv_features, num_kv_heads, head_dim].
         value: LinearGeneral, its kernel [in_kv_features, num_kv_heads, head_dim].
         out: LinearGeneral, its kernel [num_heads, head_dim, out_features].
@@ -163,17 +166,19 @@ class MultiHeadAttention(Module):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "ctx": ctx}
         linear: dict[str, Any] = {"use_bias": use_bias, "precision": precision, **options}
         inner: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": bias_init, **linear}
+        inner_kv = {**inner, **_names(inner, ("embed", "kv_heads", "head_dim"), ("kv_heads", "head_dim"))}
+        inner |= _names(inner, ("embed", "heads", "head_dim"), ("heads", "head_dim"))
         self.query = LinearGeneral(in_features, (num_heads, self.head_dim), **inner)
-        self.key = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner)
-        self.value = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner)
+        self.key = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner_kv)
+        self.value = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner_kv)
         self.query_ln = LayerNorm(self.head_dim, use_bias=False, **options) if normalize_qk else None
         self.key_ln = LayerNorm(self.head_dim, use_bias=False, **options) if normalize_qk else None
         self.out = LinearGeneral(
             (num_heads, self.head_dim),
             self.out_features,
             axis=(-2, -1),
-            kernel_init=kernel_init if out_kernel_init is None else out_kernel_init,
-            bias_init=bias_init if out_bias_init is None else out_bias_init,
+            kernel_init=DefaultNames(out_kernel_init or kernel_init, ("heads", "head_dim", "embed")),
+            bias_init=DefaultNames(out_bias_init or bias_init, ("embed",)),
             **linear,
         )
 
@@ -320,6 +325,13 @@ class MultiHeadAttention(Module):
             raise ValueError(f"{kind}: decode=True needs a cache, call init_cache(batch, max_length) first")
         if inputs.ndim != 3:
             raise ShapeError(f"{kind}: with decode=True the inputs are [batch, length, features], got {inputs.shape}")
+
+
+def _names(inits: dict[str, Any], kernel: Names, bias: Names) -> dict[str, Any]:
+    return {
+        "kernel_init": DefaultNames(inits["kernel_init"], kernel),
+        "bias_init": DefaultNames(inits["bias_init"], bias),
+    }
 
 
 def _as_mask(kind: str, mask: jax.Array, rank: int) -> jax.Array:

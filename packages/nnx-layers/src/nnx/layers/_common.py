@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from nnx.core import Context, ContextError, Module, Param, ShapeError, Variable
+from nnx.core import Context, ContextError, Module, Param, ShapeError, Variable, VariableMetadata
 from nnx.layers import initializers
+from nnx.layers._explicit import fit_weights, is_explicit, product
 from nnx.layers.initializers import Initializer
 
 __all__: list[str] = []
@@ -22,6 +23,7 @@ __all__: list[str] = []
 # What `lax` and `jnp` take as `precision`: None, a name, a `lax.Precision`, or a pair of either.
 PrecisionLike = Any
 Axes = int | Sequence[int]
+Names = tuple[str | None, ...]
 
 default_kernel_init = initializers.lecun_normal()
 default_bias_init = initializers.zeros
@@ -33,11 +35,17 @@ def as_value(variable: Variable[Any]) -> Any:
 
 
 def make_param(
-    ctx: Context, init: Initializer, shape: Sequence[int], dtype: DTypeLike, kind: type[Variable[Any]] = Param
+    ctx: Context,
+    init: Initializer,
+    shape: Sequence[int],
+    dtype: DTypeLike,
+    kind: type[Variable[Any]] = Param,
+    names: Names | None = None,
 ) -> Any:
     """A new Param, or Variable of another kind, from the Context's stream "params".
 
-    What the initializer returns goes to it as it is: it may be a box that carries metadata such as sharding names.
+    What the initializer returns goes to it as it is: it may be a box that carries metadata. `names` are the logical
+    axes, unless the box says otherwise.
     """
     if not isinstance(ctx, Context):
         raise ContextError(
@@ -49,7 +57,28 @@ def make_param(
         key = ctx.make_rng("params")
     else:
         ctx.skip_rng("params")
-    return as_value(kind(init(key, tuple(shape), dtype)))
+    return as_value(kind(_named(init(key, tuple(shape), dtype), names)))
+
+
+def _named(value: Any, names: Names | None) -> Any:
+    if names is None or (isinstance(value, VariableMetadata) and "sharding" in value.metadata):
+        return value
+    return VariableMetadata(value, {"sharding": names})
+
+
+class DefaultNames:
+    """An initializer whose Variable has these logical axes, unless the initializer says otherwise itself.
+
+    What a layer hands to the layers that it is made of.
+    """
+
+    def __init__(self, init: Initializer, names: Names) -> None:
+        self.__wrapped__ = init
+        self.names = names
+
+    def __call__(self, key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
+        """The value of the initializer, with the names."""
+        return _named(self.__wrapped__(key, shape, dtype), self.names)
 
 
 def make_arranged_param(
@@ -59,12 +88,13 @@ def make_arranged_param(
     shape: Sequence[int],
     dtype: DTypeLike,
     arrange: Callable[[jax.Array], jax.Array],
+    names: Names | None = None,
 ) -> Any:
     """A new Param whose initializer makes `shape`, inputs before outputs as fans look for them, laid out by `arrange`.
 
     Metadata is about the parameter and not about what the initializer made: it stays as it is.
     """
-    param = make_param(ctx, init, shape, dtype)
+    param = make_param(ctx, init, shape, dtype, names=names)
     if jnp.shape(param.value) != tuple(shape):
         raise ShapeError(
             f"{kind}: expected the initializer to make an array of the shape {tuple(shape)} that it was called with,"
@@ -152,7 +182,11 @@ def project(
 ) -> jax.Array:
     """Contract `axes` of `x` (the last by default) with the first axes of `kernel`."""
     axes = (x.ndim - 1,) if axes is None else axes
-    return lax.dot_general(x, kernel, ((axes, tuple(range(len(axes)))), ((), ())), precision=precision)
+    out_sharding = None
+    if is_explicit(x) or is_explicit(kernel):
+        kernel, out_sharding = product(x, kernel, axes)
+    dimensions = ((axes, tuple(range(len(axes)))), ((), ()))
+    return lax.dot_general(x, kernel, dimensions, precision=precision, out_sharding=out_sharding)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -160,6 +194,7 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`y + bias` over the last axes, with the broadcast spelled out (rank promotion may be an error)."""
     if bias is None:
         return y
+    bias = fit_weights(bias, y)
     return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 

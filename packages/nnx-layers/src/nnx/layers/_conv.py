@@ -22,6 +22,7 @@ from nnx.layers._common import (
     per_dimension,
 )
 from nnx.layers._dtypes import promote_dtype
+from nnx.layers._explicit import whole
 from nnx.layers.initializers import Initializer
 
 __all__ = ["Conv"]
@@ -201,8 +202,9 @@ class Conv(ConvBase):
                 f" out_features={out_features}"
             )
         shape = (*self.kernel_size, in_features // feature_group_count, out_features)
-        self.kernel = make_param(ctx, kernel_init, shape, param_dtype)
-        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype) if use_bias else None
+        names = (*[None] * len(self.kernel_size), "conv_in", "conv_out")
+        self.kernel = make_param(ctx, kernel_init, shape, param_dtype, names=names)
+        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype, names=names[-1:]) if use_bias else None
         self.mask = self._as_mask(mask)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -227,7 +229,7 @@ class Conv(ConvBase):
         layout = (0, rank + 1, *space)
         y = lax.conv_general_dilated(
             x,
-            kernel,
+            whole(kernel),
             self.strides,
             padding,
             lhs_dilation=self.input_dilation,

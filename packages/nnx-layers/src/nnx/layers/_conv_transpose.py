@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from nnx.core import Context
 from nnx.layers._common import (
+    Names,
     PrecisionLike,
     add_bias,
     as_tuple,
@@ -24,6 +25,7 @@ from nnx.layers._common import (
 )
 from nnx.layers._conv import ConvBase, PaddingLike, canonicalize_padding, check_sizes
 from nnx.layers._dtypes import promote_dtype
+from nnx.layers._explicit import whole
 from nnx.layers.initializers import Initializer
 
 __all__ = ["ConvTranspose"]
@@ -130,11 +132,14 @@ class ConvTranspose(ConvBase):
         if self.padding == "CAUSAL" and rank != 1:
             raise ValueError(f"{kind}: CAUSAL padding needs one spatial axis, got kernel_size {self.kernel_size}")
         shape = (*self.kernel_size, in_features, out_features)
+        spatial = (None,) * rank
         if transpose_kernel:
-            self.kernel = make_arranged_param(kind, ctx, kernel_init, shape, param_dtype, _swap_channels)
+            names: Names = (*spatial, "conv_out", "conv_in")
+            self.kernel = make_arranged_param(kind, ctx, kernel_init, shape, param_dtype, _swap_channels, names)
         else:
-            self.kernel = make_param(ctx, kernel_init, shape, param_dtype)
-        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype) if use_bias else None
+            names = (*spatial, "conv_in", "conv_out")
+            self.kernel = make_param(ctx, kernel_init, shape, param_dtype, names=names)
+        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype, names=("conv_out",)) if use_bias else None
         self.mask = self._as_mask(mask)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -161,7 +166,7 @@ class ConvTranspose(ConvBase):
             kernel, channels = lax.rev(kernel, tuple(range(rank))), (rank, rank + 1)
         y = lax.conv_general_dilated(
             x,
-            kernel,
+            whole(kernel),
             (1,) * rank,
             self._pads(),
             lhs_dilation=self.strides,

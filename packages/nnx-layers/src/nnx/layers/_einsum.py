@@ -155,12 +155,15 @@ class Einsum(Module):
         self.param_dtype = param_dtype
         self.precision = precision
         if self.einsum_str is None:
-            self.kernel = make_param(ctx, kernel_init, self.kernel_shape, param_dtype)
+            self.kernel = make_param(
+                ctx, kernel_init, self.kernel_shape, param_dtype, names=(None,) * len(self.kernel_shape)
+            )
         else:
             kernel, shared = self._check_parameters(parse(type(self).__name__, self.einsum_str))
             summed = [i for i, label in enumerate(kernel) if label not in shared]
             order = [*summed, *(i for i in range(len(kernel)) if i not in summed)]
             sizes = tuple(self.kernel_shape[i] for i in order)
+            first = next((i for i in range(len(kernel)) if i not in summed), None)
             inverse = [order.index(i) for i in range(len(order))]
             self.kernel = make_arranged_param(
                 type(self).__name__,
@@ -169,8 +172,13 @@ class Einsum(Module):
                 (math.prod(sizes[: len(summed)]), math.prod(sizes[len(summed) :])),
                 param_dtype,
                 lambda value: jnp.transpose(jnp.reshape(value, sizes), inverse),
+                names=tuple("in" if [i] == summed[:1] else "out" if i == first else None for i in range(len(kernel))),
             )
-        self.bias = None if self.bias_shape is None else make_param(ctx, bias_init, self.bias_shape, param_dtype)
+        self.bias = None
+        if self.bias_shape is not None:
+            # Its axes are in the order of the outputs: none is sure to be the one that the kernel's name is of.
+            names = (None,) * len(self.bias_shape)
+            self.bias = make_param(ctx, bias_init, self.bias_shape, param_dtype, names=names)
 
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
         """Applies the map.

@@ -8,8 +8,9 @@ from jax.typing import DTypeLike
 
 from nnx.core import Context, Module, ShapeError
 from nnx.layers import initializers
-from nnx.layers._common import check_features, make_param
+from nnx.layers._common import check_features, make_param, project
 from nnx.layers._dtypes import promote_dtype
+from nnx.layers._explicit import is_explicit, rows
 from nnx.layers.initializers import Initializer
 
 __all__ = ["Embed"]
@@ -62,7 +63,9 @@ class Embed(Module):
         self.features = features
         self.dtype = dtype
         self.param_dtype = param_dtype
-        self.embedding = make_param(ctx, embedding_init, (num_embeddings, features), param_dtype)
+        self.embedding = make_param(
+            ctx, embedding_init, (num_embeddings, features), param_dtype, names=("vocab", "embed")
+        )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Looks up vectors.
@@ -79,6 +82,8 @@ class Embed(Module):
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise ShapeError(f"{type(self).__name__}: expected integer `inputs`, got dtype {inputs.dtype.name}")
         (table,) = promote_dtype((self.embedding,), dtype=self.dtype, inexact=False)
+        if is_explicit(table):
+            return rows(table, inputs)
         return jnp.take(table, inputs, axis=0)
 
     def attend(self, query: jax.Array) -> jax.Array:
@@ -99,4 +104,4 @@ class Embed(Module):
         """
         check_features(self, "query", query, self.features, f"features={self.features}")
         x, table = promote_dtype((query, self.embedding), dtype=self.dtype)
-        return jnp.dot(x, table.T)
+        return project(x, table.T)

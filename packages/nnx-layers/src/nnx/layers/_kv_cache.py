@@ -26,7 +26,9 @@ def new_cache(
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"init_cache: {name} is a positive integer, got {size!r}")
     shape = (batch, max_length, heads, head_dim)
-    return Cache(jnp.zeros(shape, dtype)), Cache(jnp.zeros(shape, dtype)), Cache(jnp.zeros((batch,), jnp.int32))
+    names = ("batch", "cache_length", "kv_heads", "head_dim")
+    keys, values = (Cache(jnp.zeros(shape, dtype), sharding=names) for _ in range(2))
+    return keys, values, Cache(jnp.zeros((batch,), jnp.int32), sharding=names[:1])
 
 
 def append(

@@ -15,6 +15,8 @@ from nnx.core import Context, Module, Param, ShapeError
 from nnx.layers import _activations
 from nnx.layers._common import (
     Axes,
+    DefaultNames,
+    Names,
     PrecisionLike,
     add_bias,
     as_tuple,
@@ -83,8 +85,8 @@ class Linear(Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        self.kernel = make_param(ctx, kernel_init, (in_features, out_features), param_dtype)
-        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype) if use_bias else None
+        self.kernel = make_param(ctx, kernel_init, (in_features, out_features), param_dtype, names=("in", "out"))
+        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype, names=("out",)) if use_bias else None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the map.
@@ -170,10 +172,13 @@ class LinearGeneral(Module):
             )
         n_in, n_out = math.prod(self.in_features), math.prod(self.out_features)
         shape = self.in_features + self.out_features
-        self.kernel = _reshaped(make_param(ctx, kernel_init, (n_in, n_out), param_dtype), shape)
-        self.bias = (
-            _reshaped(make_param(ctx, bias_init, (n_out,), param_dtype), self.out_features) if use_bias else None
-        )
+        names_out = _first("out", len(self.out_features))
+        names = _first("in", len(self.in_features)) + names_out
+        self.kernel = _reshaped(make_param(ctx, kernel_init, (n_in, n_out), param_dtype, names=names), shape)
+        self.bias = None
+        if use_bias:
+            bias = make_param(ctx, bias_init, (n_out,), param_dtype, names=names_out)
+            self.bias = _reshaped(bias, self.out_features)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the map.
@@ -198,6 +203,11 @@ class LinearGeneral(Module):
         return add_bias(y, bias)
 
 
+def _first(name: str, count: int) -> Names:
+    """The name for the first of some dimensions alone: one mesh axis cannot split two."""
+    return (name, *[None] * (count - 1))[:count]
+
+
 def _reshaped(param: Param[Any], shape: tuple[int, ...]) -> Any:
     """`param` with its value in `shape`, keeping its metadata."""
     if param.value.shape != shape:
@@ -209,6 +219,8 @@ class MLP(Module):
     """A multilayer perceptron: Linear layers with an activation, and optionally dropout, between them.
 
     `x <- dropout(activation(x @ kernel + bias))` for each hidden layer, then a last Linear without either.
+
+    The kernels' logical axes are ("embed", "mlp") and ("mlp", "embed") in turns.
 
     Attributes:
         layers: a Sequence of `len(hidden_features) + 1` Linear layers.
@@ -268,11 +280,12 @@ class MLP(Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 precision=precision,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
+                # In turns, so that what one layer splits the next one sums over.
+                kernel_init=DefaultNames(kernel_init, ("mlp", "embed") if i % 2 else ("embed", "mlp")),
+                bias_init=DefaultNames(bias_init, ("embed",) if i % 2 else ("mlp",)),
                 ctx=ctx,
             )
-            for n_in, n_out in itertools.pairwise(sizes)
+            for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes))
         ]
         self.activation = activation
         self.dropout = Dropout(dropout_rate) if dropout_rate > 0 else None

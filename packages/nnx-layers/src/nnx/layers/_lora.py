@@ -104,8 +104,12 @@ class LoRA(Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.base_module = base_module
-        self.lora_a = make_param(ctx, a_initializer, (in_features, lora_rank), param_dtype, lora_param_type)
-        self.lora_b = make_param(ctx, b_initializer, (lora_rank, out_features), param_dtype, lora_param_type)
+        self.lora_a = make_param(
+            ctx, a_initializer, (in_features, lora_rank), param_dtype, lora_param_type, ("in", "lora")
+        )
+        self.lora_b = make_param(
+            ctx, b_initializer, (lora_rank, out_features), param_dtype, lora_param_type, ("lora", "out")
+        )
 
     @property
     def scale(self) -> float:

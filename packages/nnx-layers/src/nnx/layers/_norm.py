@@ -13,6 +13,7 @@ from nnx.core import BatchStat, Context, ShapeError
 from nnx.layers import initializers
 from nnx.layers._common import Axes, as_tuple, as_value, normalize_axes, resolve_flag
 from nnx.layers._dtypes import statistics_dtype
+from nnx.layers._explicit import like
 from nnx.layers._norm_base import IndexGroups, Norm, broadcast_mask
 from nnx.layers.initializers import Initializer
 
@@ -98,8 +99,8 @@ class BatchNorm(Norm):
         self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance)
         self._set_affine((num_features,), scale_init if use_scale else None, bias_init if use_bias else None, ctx)
         stats_dtype = statistics_dtype(param_dtype)
-        self.mean = as_value(BatchStat(jnp.zeros((num_features,), stats_dtype)))
-        self.var = as_value(BatchStat(jnp.ones((num_features,), stats_dtype)))
+        self.mean = as_value(BatchStat(jnp.zeros((num_features,), stats_dtype), sharding=("features",)))
+        self.var = as_value(BatchStat(jnp.ones((num_features,), stats_dtype), sharding=("features",)))
 
     def __call__(
         self,
@@ -149,7 +150,7 @@ class BatchNorm(Norm):
 
     def _updated(self, running: jax.Array, batch: jax.Array, count: jax.Array | None) -> jax.Array:
         """The next running average. No gradient goes through it."""
-        new = lax.stop_gradient(batch).reshape(running.shape).astype(running.dtype)
+        new = like(lax.stop_gradient(batch).reshape(running.shape), running).astype(running.dtype)
         updated = self.momentum * running + (1 - self.momentum) * new
         return updated if count is None else jnp.where(count.reshape(running.shape) > 0, updated, running)
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from nnx.core import Context, Module, ShapeError
 from nnx.layers._common import as_tuple, make_param
 from nnx.layers._dtypes import canonicalize_dtype, statistics_dtype
+from nnx.layers._explicit import fit_weights
 from nnx.layers.initializers import Initializer
 
 __all__: list[str] = []
@@ -51,8 +52,9 @@ class Norm(Module):
         ctx: Context,
     ) -> None:
         """Makes `scale` and `bias`; a None initializer means that there is none."""
-        self.scale = None if scale_init is None else make_param(ctx, scale_init, shape, self.param_dtype)
-        self.bias = None if bias_init is None else make_param(ctx, bias_init, shape, self.param_dtype)
+        names = ("features", *[None] * (len(shape) - 1))
+        self.scale = None if scale_init is None else make_param(ctx, scale_init, shape, self.param_dtype, names=names)
+        self.bias = None if bias_init is None else make_param(ctx, bias_init, shape, self.param_dtype, names=names)
 
     def _statistics(
         self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, *, use_mean: bool = True
@@ -110,14 +112,14 @@ class Norm(Module):
         shape = tuple(size if axis in feature_axes else 1 for axis, size in enumerate(x.shape))
         y = x.astype(work) if mean is None else x.astype(work) - mean.astype(work)
         factor = lax.rsqrt(var.astype(work) + self.epsilon)
-        scale = None if self.scale is None else self.scale.reshape(shape).astype(work)
+        scale = None if self.scale is None else fit_weights(self.scale.reshape(shape), x).astype(work)
         if scale is not None and math.prod(jnp.broadcast_shapes(factor.shape, shape)) < x.size:
             factor, scale = factor * scale, None  # one product for each element less
         y = y * factor
         if scale is not None:
             y = y * scale
         if self.bias is not None:
-            y = y + self.bias.reshape(shape).astype(work)
+            y = y + fit_weights(self.bias.reshape(shape), x).astype(work)
         return y.astype(canonicalize_dtype(like, self.scale, self.bias, dtype=self.dtype))
 
 

@@ -164,7 +164,7 @@ class WeightNorm(_WeightNorm):
             axes = self._axes(variable.value)
             if self.scales is not None:
                 shape = tuple(variable.value.shape[axis] for axis in axes)
-                scale = make_param(ctx, scale_init, shape, param_dtype)
+                scale = make_param(ctx, scale_init, shape, param_dtype, names=(None,) * len(shape))
                 setattr(_holder(self.scales, path[:-1]), path[-1], scale)
 
     def _axes(self, param: jax.Array) -> tuple[int, ...]:
@@ -280,7 +280,9 @@ class SpectralNorm(_WeightNorm):
                 raise ShapeError(f"{kind}: expected matrices, got `{'/'.join(path)}` of shape {tuple(shape)}")
             work = statistics_dtype(param_dtype)
             stats: Any = _holder(self.batch_stats, path)
-            stats.u = as_value(BatchStat(_default_u_init(ctx.make_rng("params"), (1, shape[-1]), work)))
+            stats.u = as_value(
+                BatchStat(_default_u_init(ctx.make_rng("params"), (1, shape[-1]), work), sharding=(None, None))
+            )
             stats.sigma = as_value(BatchStat(jnp.ones((), work)))
 
     def _normalized(self, path: Path, param: jax.Array, *, update: bool) -> jax.Array:

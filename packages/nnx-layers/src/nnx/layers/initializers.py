@@ -106,6 +106,8 @@ _jitted = jax.jit(_apply, static_argnums=(0, 2, 3, 4), inline=True)
 
 def takes_key(init: Any) -> bool:
     """Whether what an initializer makes depends on its key."""
+    while isinstance(wrapped := getattr(init, "__wrapped__", None), _ByValue) or wrapped in (zeros, ones):
+        init = wrapped
     return not (init is zeros or init is ones or (type(init) is _ByValue and init.name == "constant"))
 
 

@@ -15,6 +15,7 @@ from nnx.train._metric import Metric, MetricState
 from nnx.train._metrics import Average, MultiMetric, Statistics, Welford
 from nnx.train._optimizer import Optimizer, OptState
 from nnx.train._precision import Precision
+from nnx.train._recipes import RECIPES, sharding_rules
 from nnx.train._train_state import TrainState
 from nnx.train.interop import TorchReport, load_safetensors, load_torch_state_dict, save_safetensors
 
@@ -47,6 +48,7 @@ __all__ = [
     "OptState",
     "Optimizer",
     "Precision",
+    "RECIPES",
     "RestoreReport",
     "Restored",
     "Statistics",
@@ -61,4 +63,5 @@ __all__ = [
     "load_safetensors",
     "load_torch_state_dict",
     "save_safetensors",
+    "sharding_rules",
 ]

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from nnx.core import Context, StructureError
+from nnx.train import _together as together
 from nnx.train._errors import CheckpointError, CheckpointNotFoundError, CorruptError
 from nnx.train._keep import Keep
 from nnx.train._leaves import Flat, flatten, rebuild
@@ -67,6 +68,11 @@ class Checkpointer:
     A checkpoint is there as a whole or not at all, whenever the program or the machine stops: it is written under
     another name, flushed to the disk, and renamed. A newest checkpoint that turns out to be damaged is put aside, and
     the one before it restored. One process at a time may save in a directory; any number may read.
+
+    With several processes of `jax.distributed`, each makes a Checkpointer of one directory that all of them see, and
+    all call `save` and `restore` with the same arguments. Each writes and reads the shards that it holds, before `save`
+    returns and without checksums; a damaged checkpoint is then an error, and not put aside. A checkpoint may be
+    restored by another number of processes than saved it.
 
     A Checkpointer is a context manager: leaving the block waits for the save that is under way. Without a block it is
     waited for when the program ends.
@@ -255,6 +261,10 @@ class Checkpointer:
         except (TypeError, ValueError) as error:
             raise TypeError(f"Checkpointer.save: `extra` must be what JSON can hold: {error}") from error
         self.wait()
+        if together.is_together():
+            with self._as_errors(f"saving step {step} in {self._path} failed"):
+                self._write_together(step, items, floats, extra, position)
+            return True
         self._storage.lock()
         self._storage.check_free(step)
         self._reader.put_strays_aside()
@@ -283,6 +293,20 @@ class Checkpointer:
                     with ocp.Checkpointer(self._reader.handler()) as writer:
                         writer.save(folder / name, args=ocp.args.PyTreeSave(arrays))
         self._reader.manifests[step] = manifest
+        self._remove_old()
+
+    def _write_together(
+        self, step: int, items: Mapping[str, Flat], metrics: dict[str, float], extra: Any, position: Any
+    ) -> None:
+        entries, arrays = together.contents(items)
+        manifest = Manifest(step, entries, metrics, extra, position)
+        together.write(self._ocp, self._reader.handler(), self._storage, manifest, arrays)
+        self._reader.manifests[step] = manifest
+        if together.is_first():
+            self._remove_old()
+        together.barrier(f"removed before {step}")
+
+    def _remove_old(self) -> None:
         for old in self._keep.removable(self._storage.steps(), self._reader.metrics()):
             self._storage.remove(old)
             self._reader.manifests.pop(old, None)
@@ -318,7 +342,8 @@ class Checkpointer:
                 part of a path.
             partial: whether what the checkpoint lacks may stay as it is, and what `like` lacks may be left.
             cast: whether floats and integers may have another precision than they were saved with.
-            mesh: puts each array on this mesh, by the names in its Variable's `sharding` that are axes of the mesh.
+            mesh: puts each array on this mesh, by the rules of `nnx.logical_axis_rules`, or without any by the names in
+                its Variable's `sharding` that are axes of the mesh.
             verify: whether the checksums are checked.
 
         Raises:
@@ -335,7 +360,7 @@ class Checkpointer:
             items["context"] = flatten(context, "`context`")
         if data_iter is not None:
             _iterator(data_iter, "set_state")
-        first = self._reader.put_strays_aside() if step is None else None
+        first = self._reader.put_strays_aside() if step is None and not together.is_together() else None
         tried: set[int] = set()
         while True:
             try:
@@ -354,7 +379,7 @@ class Checkpointer:
                     )
                 values = self._reader.read(candidate, items, matches, mesh, verify=verify)
             except CorruptError as error:
-                if step is not None:
+                if step is not None or together.is_together():  # processes must not differ in what they restore
                     raise
                 first = first or error
                 self._reader.put_aside(candidate, error)
@@ -487,11 +512,6 @@ def _check_concrete(items: Mapping[str, Flat]) -> None:
         for leaf in flat.leaves:
             if isinstance(leaf.value, jax.ShapeDtypeStruct):
                 raise TypeError(f"Checkpointer.save: `{leaf.path}` is a ShapeDtypeStruct, which has no data")
-            if isinstance(leaf.value, jax.Array) and not leaf.value.is_fully_addressable:
-                raise CheckpointError(
-                    f"Checkpointer.save: `{leaf.path}` is spread over several processes, which one Checkpointer cannot "
-                    "save yet"
-                )
 
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx.core import Module, Param, State, StructureError, Variable
+from nnx.core._sharding import names_by_path, names_of_leaf
 from nnx.train._branches import attribute_name, changed_parameters, nested
 from nnx.train._updates import (
     check_gradients,
@@ -97,8 +98,13 @@ class Optimizer(Module):
         self._params = params.paths
         self._leaves = _leaf_paths([path for path, _ in leaves])
         if self._leaves:
+            # A moment is split over a mesh as its parameter is.
+            known = names_by_path(params)
             self.opt_state = nested(
-                [(path[1:], OptState(leaf)) for path, (_, leaf) in zip(self._leaves, leaves, strict=True)]
+                [
+                    (path[1:], OptState(leaf, sharding=names_of_leaf(keys, jnp.shape(leaf), known)))
+                    for path, (keys, leaf) in zip(self._leaves, leaves, strict=True)
+                ]
             )
 
     def update(self, model: Module, grads: State, **tx_args: Any) -> None:

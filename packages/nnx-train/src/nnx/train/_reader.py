@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.core import StructureError
+from nnx.core import StructureError, get_named_sharding
+from nnx.core._sharding import current_rules
 from nnx.train._errors import CheckpointError, CheckpointNotFoundError, CheckpointWarning, CorruptError
 from nnx.train._leaves import Flat, Leaf, Spec
 from nnx.train._manifest import PACKED, Entry, FutureFormatError, Manifest, checksum, decode
 from nnx.train._match import Match, match
 from nnx.train._storage import Storage
+from nnx.train._together import place
 
 __all__ = ["Reader", "decode_leaf"]
 
@@ -149,10 +151,11 @@ class Reader:
         result = {}
         for name, flat in items.items():
             sources = matches[name].sources
-            arrays = self.read_arrays(step, name, list(sources.values()))
+            targets = _shardings(flat, mesh)
+            direct = _spread(flat, sources, targets)
+            arrays = self.read_arrays(step, name, list(sources.values()), direct)
             if verify:
                 self._verify(step, name, sources.values(), arrays)
-            targets = _shardings(flat, mesh)
 
             def value(
                 leaf: Leaf, sources: Any = sources, arrays: Any = arrays, targets: Mapping[str, Any] = targets
@@ -165,17 +168,23 @@ class Reader:
             result[name] = list(self._pool.map(value, flat.leaves))
         return result
 
-    def read_arrays(self, step: int, name: str, sources: list[tuple[str, Entry]]) -> dict[str, Any]:
-        """What orbax has stored of the entries of an item, as NumPy's arrays by the names in its files."""
+    def read_arrays(
+        self, step: int, name: str, sources: list[tuple[str, Entry]], direct: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What orbax has stored of the entries of an item, by the names in its files: NumPy's arrays.
+
+        Those of `direct` are read to the shardings that it gives, each process its own shards.
+        """
         stored = [(path, entry) for path, entry in sources if entry.nbytes]
         keys = {f"leaf:{path}" if entry.offset is None else PACKED for path, entry in stored}
         if not keys:
             return {}
         ocp = self._ocp
         kind = ocp.RestoreArgs(restore_type=np.ndarray)
-        arguments = ocp.args.PyTreeRestore(
-            item=dict.fromkeys(keys, 0), restore_args=dict.fromkeys(keys, kind), partial_restore=True
-        )
+        kinds = dict.fromkeys(keys, kind)
+        for path, sharding in (direct or {}).items():
+            kinds[f"leaf:{path}"] = ocp.ArrayRestoreArgs(sharding=sharding)
+        arguments = ocp.args.PyTreeRestore(item=dict.fromkeys(keys, 0), restore_args=kinds, partial_restore=True)
         try:
             with ocp.Checkpointer(self.handler()) as reader:
                 found = dict(reader.restore(self._storage.folder(step) / name, args=arguments))
@@ -191,7 +200,7 @@ class Reader:
             ) from error
         for path, entry in stored:
             array = found.get(f"leaf:{path}" if entry.offset is None else PACKED)
-            whole = isinstance(array, np.ndarray) and (
+            whole = isinstance(array, np.ndarray | jax.Array) and (
                 array.nbytes == entry.nbytes if entry.offset is None else array.nbytes >= entry.offset + entry.nbytes
             )
             if not whole:
@@ -254,9 +263,39 @@ def _shardings(flat: Flat, mesh: Any) -> dict[str, Any]:
     for _, node, leaves in flat.entries:
         names = getattr(node, "sharding", None)
         spec = [name if name in mesh.axis_names else None for name in names] if isinstance(names, tuple) else []
+        target: Any = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        if current_rules() is not None and isinstance(names, tuple):
+            target = get_named_sharding(node, mesh).value
         for path in leaves:
-            result[path] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+            result[path] = target
     return result
+
+
+def _spread(flat: Flat, sources: Mapping[str, tuple[str, Entry]], targets: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved arrays of which each process reads its own shards alone, with the sharding to read them to.
+
+    Those with a checksum are read as a whole, as it is one of the whole; so are small ones, which lie together.
+    """
+    result = {}
+    for leaf in flat.leaves:
+        if leaf.path in sources:
+            path, entry = sources[leaf.path]
+            sharding = targets.get(leaf.path, _target_sharding(leaf.value))
+            if (
+                sharding is not None
+                and not sharding.is_fully_addressable
+                and entry.spec.kind == "array"
+                and entry.crc is entry.offset is None
+                and entry.nbytes
+            ):
+                result[path] = sharding
+    return result
+
+
+def _put(array: Any, sharding: Any) -> Any:
+    if sharding is None:
+        return array
+    return jax.device_put(array, sharding) if sharding.is_fully_addressable else place(np.asarray(array), sharding)
 
 
 def _target_sharding(value: Any) -> Any:
@@ -285,6 +324,9 @@ def decode_leaf(leaf: Leaf, path: str, entry: Entry, arrays: Mapping[str, Any], 
             key = jax.random.wrap_key_data(jnp.array(data), impl=spec.impl)
         return key if sharding is None else jax.device_put(key, sharding)
     dtype = jnp.dtype(spec.dtype)
+    stored = arrays.get(f"leaf:{path}") if entry.offset is None else None
+    if isinstance(stored, jax.Array):  # read into its place already
+        return _as_weak_as(leaf.value, stored.astype(leaf.value.dtype))
     found = decode(path, entry, arrays, spec.shape, dtype) if entry.nbytes else np.zeros(spec.shape, dtype)
     if leaf.value.dtype != dtype:
         found = found.astype(leaf.value.dtype)
@@ -293,7 +335,7 @@ def decode_leaf(leaf: Leaf, path: str, entry: Entry, arrays: Mapping[str, Any], 
     if isinstance(leaf.value, np.ndarray):
         return np.array(found)
     array = _as_weak_as(leaf.value, jnp.array(found))
-    return array if sharding is None else jax.device_put(array, sharding)
+    return _put(array, sharding)
 
 
 def _as_weak_as(like: Any, array: jax.Array) -> jax.Array:

@@ -38,6 +38,10 @@ class Storage:
         """Where a step is."""
         return self.root / str(step)
 
+    def writing_folder(self, step: int) -> Path:
+        """Where a step is while it is being written."""
+        return self.root / f"{_WRITING}{step}"
+
     def steps(self) -> list[int]:
         """The steps that are there, in rising order."""
         try:
@@ -127,7 +131,7 @@ class Storage:
     @contextlib.contextmanager
     def writing(self, step: int, manifest: Manifest) -> Iterator[Path]:
         """A folder to write a step to, which becomes the step when the block ends well."""
-        folder = self.root / f"{_WRITING}{step}"
+        folder = self.writing_folder(step)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:

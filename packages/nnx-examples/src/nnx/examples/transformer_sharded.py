@@ -1,0 +1,260 @@
+"""Train a transformer on any mesh: `python -m nnx.examples.transformer_sharded --mesh data=2,fsdp=2,tensor=2`.
+
+It reads scikit-learn's digits as sequences of 64 pixels and learns to predict the next one. The model says nothing of
+meshes: layers name the axes of their parameters, the model those of its activations, and a recipe maps both to the axes
+of a mesh. Every recipe and every mesh gives the losses of one device.
+
+As several processes: `python -m nnx.train.launch -n 2 -d 4 -- -m nnx.examples.transformer_sharded --mesh fsdp=8`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+import nnx
+from nnx.examples.data import batch_indices, load_digits
+from nnx.train.launch import initialize
+
+__all__ = ["Block", "Transformer", "main", "make_mesh", "parse_mesh", "run", "train_step"]
+
+VOCABULARY = 24  # the 17 shades of a pixel, a mark of the beginning, and room to divide by 2, 4 and 8
+BEGIN = 17
+Array = jax.Array | np.ndarray
+
+RESIDUAL = ("batch", "length", "activation_embed")
+INNER = ("batch", "activation_length", "activation_embed")
+
+
+class Block(nnx.Module):
+    """Attention and a multilayer perceptron, each after a LayerNorm and beside an identity."""
+
+    def __init__(self, embed: int, heads: int, mlp: int, dropout: float, *, ctx: nnx.Context) -> None:
+        self.norm1 = nnx.LayerNorm(embed, ctx=ctx)
+        self.attention = nnx.MultiHeadAttention(heads, embed, rotary=True, is_causal=True, ctx=ctx)
+        self.norm2 = nnx.LayerNorm(embed, ctx=ctx)
+        self.mlp = nnx.MLP(embed, mlp, embed, activation="gelu", ctx=ctx)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(self, x: jax.Array, ctx: nnx.Context) -> jax.Array:
+        """[batch, length, embed] to the same."""
+        h = nnx.with_logical_constraint(self.norm1(x), INNER)
+        x = nnx.with_logical_constraint(x + self._settled(self.attention(h), ctx), RESIDUAL)
+        h = nnx.with_logical_constraint(self.norm2(x), INNER)
+        return nnx.with_logical_constraint(x + self._settled(self.mlp(h), ctx), RESIDUAL)
+
+    def _settled(self, x: jax.Array, ctx: nnx.Context) -> jax.Array:
+        return self.dropout(nnx.with_logical_constraint(x, RESIDUAL), ctx=ctx)
+
+
+class Transformer(nnx.Module):
+    """A decoder of the next token: [batch, length] integers to [batch, length, VOCABULARY] logits."""
+
+    def __init__(
+        self, embed: int, heads: int, mlp: int, layers: int, *, dropout: float = 0.0, ctx: nnx.Context
+    ) -> None:
+        self.embed = nnx.Embed(VOCABULARY, embed, ctx=ctx)
+        self.blocks = nnx.Stack(Block, layers)(embed, heads, mlp, dropout, ctx=ctx)
+        self.norm = nnx.LayerNorm(embed, ctx=ctx)
+
+    def __call__(self, tokens: jax.Array, *, ctx: nnx.Context) -> jax.Array:
+        """Apply the model."""
+        x = nnx.with_logical_constraint(self.embed(tokens), RESIDUAL)
+        x = self.norm(self.blocks(x, ctx))
+        x = nnx.with_logical_constraint(x, INNER)
+        logits = self.embed.attend(x)
+        return nnx.with_logical_constraint(logits, ("batch", "activation_length", "activation_vocab"))
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean loss in nats, by comparison and not by a look-up: so the vocabulary may be split."""
+    shades = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+    picked = jnp.where(shades == labels[..., None], logits, 0).sum(-1)
+    return (jax.nn.logsumexp(logits, axis=-1) - picked).mean()
+
+
+@functools.cache  # compared by identity: another one would compile the step anew
+def make_optimizer() -> optax.GradientTransformation:
+    """Adam behind clipping by the global norm, which is a sum over all shards."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+
+
+@functools.partial(nnx.jit, donate_argnums=(0, 1))
+def train_step(model: Transformer, optimizer: nnx.Optimizer, tokens: jax.Array, seed: jax.Array) -> jax.Array:
+    """One step of training on [batch, 64] tokens; returns the loss. The masks depend on seed and step alone."""
+    ctx = nnx.context(dropout=jax.random.fold_in(seed, optimizer.step), flags={"deterministic": False})
+
+    def loss_fn(model: Transformer, ctx: nnx.Context) -> jax.Array:
+        begin = jnp.full_like(tokens[:, :1], BEGIN)
+        return cross_entropy(model(jnp.concatenate([begin, tokens[:, :-1]], axis=1), ctx=ctx), tokens)
+
+    loss, grads = nnx.value_and_grad(loss_fn)(model, ctx)
+    optimizer.update(model, grads)
+    return loss
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The axes and sizes of `data=2,fsdp=4`.
+
+    Raises:
+        ValueError: it is not of that form.
+
+    Example:
+        >>> parse_mesh("data=2,fsdp=4")
+        {'data': 2, 'fsdp': 4}
+    """
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("data", "fsdp", "tensor") or not size.isdecimal() or not int(size):
+            raise ValueError(f"a mesh is given as data=2,fsdp=2,tensor=2 (any of the three axes), got {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: dict[str, int], axes: str = "auto") -> Mesh:
+    """A mesh over the first devices of all processes.
+
+    Args:
+        sizes: the size of each axis.
+        axes: "auto" or "explicit".
+
+    Raises:
+        ValueError: there are too few devices.
+    """
+    need, have = math.prod(sizes.values()), len(jax.devices())
+    if need > have or (need < have and jax.process_count() > 1):
+        raise ValueError(
+            f"the mesh {sizes} takes {need} devices, and there are {have}; on a CPU, "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes so many"
+        )
+    kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[axes]
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes), devices=jax.devices()[:need]
+    )
+
+
+def run(
+    mesh: Mesh,
+    recipe: str = "combined",
+    *,
+    steps: int = 20,
+    batch_size: int = 16,
+    embed: int = 32,
+    heads: int = 4,
+    mlp: int = 64,
+    layers: int = 2,
+    dropout: float = 0.0,
+    seed: int = 0,
+    checkpoints: Path | None = None,
+    save_every: int = 10,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train on a mesh, from the newest checkpoint if there is one.
+
+    Args:
+        mesh: the mesh.
+        recipe: a recipe of `nnx.sharding_rules`.
+        steps: steps of the whole run.
+        batch_size: sequences in a batch, of all devices together.
+        embed: size of the embedding.
+        heads: heads of attention.
+        mlp: hidden units of each block.
+        layers: number of blocks.
+        dropout: the rate of dropout.
+        seed: of all randomness.
+        checkpoints: where to save and to go on from.
+        save_every: steps from one checkpoint to the next.
+        on_step: called with the number of steps taken and the loss.
+
+    Returns:
+        The losses of the steps that this run took.
+    """
+    rules = nnx.sharding_rules(recipe, mesh)
+
+    def create() -> tuple[Transformer, nnx.Optimizer]:
+        model = Transformer(embed, heads, mlp, layers, dropout=dropout, ctx=nnx.context(seed))
+        return model, nnx.Optimizer(model, make_optimizer())
+
+    model, optimizer = nnx.sharded_init(create, mesh, rules)
+    checkpointer = None
+    if checkpoints is not None:
+        checkpointer = nnx.Checkpointer(checkpoints, save_every=save_every)
+        if checkpointer.latest_step is not None:
+            checkpointer.restore(like={"model": model, "optimizer": optimizer})
+    images = load_digits().train_images
+    tokens = np.round(images.reshape(len(images), 64) * 16).astype(np.int32)
+    placed = NamedSharding(mesh, nnx.logical_to_mesh(jax.sharding.PartitionSpec("batch", None), rules))
+    key = jax.random.key(seed)
+    losses = []
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        for step in range(int(optimizer.step), steps):
+            batch = tokens[batch_indices(step, size=len(tokens), batch_size=batch_size, seed=seed)]
+            # Each process makes the part of the batch that its devices hold.
+            share = jax.make_array_from_callback(batch.shape, placed, batch.__getitem__)
+            loss = float(train_step(model, optimizer, share, key))
+            losses.append(loss)
+            if checkpointer is not None:
+                checkpointer.save(step + 1, {"model": model, "optimizer": optimizer})
+            if on_step is not None:
+                on_step(step + 1, loss)
+    if checkpointer is not None:
+        checkpointer.close()
+    return losses
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nnx.examples.transformer_sharded",
+        description="Train a transformer on scikit-learn's digits as sequences of pixels, on a mesh of devices.",
+    )
+    parser.add_argument("--mesh", type=parse_mesh, help="such as data=2,fsdp=2,tensor=2 (default: data=<all devices>)")
+    parser.add_argument("--recipe", choices=list(nnx.RECIPES), default="combined", help="(default: %(default)s)")
+    parser.add_argument("--axes", choices=["auto", "explicit"], default="auto", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of the whole run (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="(default: %(default)s)")
+    parser.add_argument("--checkpoints", type=Path, help="where to save, and to go on from")
+    parser.add_argument("--save-every", type=int, default=10, help="steps (default: %(default)s)")
+    parser.add_argument("--losses", type=Path, help="a file for the losses by step, as JSON")
+    options = parser.parse_args(arguments)
+    initialize()
+    first = jax.process_index() == 0
+    losses: dict[int, float] = {}
+
+    def on_step(step: int, loss: float) -> None:
+        losses[step] = loss
+        if first:
+            print(f"step {step:4d}  loss {loss:.6f}", flush=True)
+            if options.losses is not None:
+                options.losses.write_text(json.dumps(losses))
+
+    try:
+        mesh = make_mesh(options.mesh or {"data": len(jax.devices())}, options.axes)
+    except ValueError as error:
+        parser.error(str(error))
+    run(
+        mesh,
+        options.recipe,
+        steps=options.steps,
+        dropout=options.dropout,
+        checkpoints=options.checkpoints,
+        save_every=options.save_every,
+        on_step=on_step,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

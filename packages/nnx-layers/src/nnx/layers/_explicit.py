@@ -1,0 +1,81 @@
+"""Explicit mesh axes: where JAX asks how a result is split, the activations stay where they are and the weights move.
+
+On auto axes the compiler decides and nothing here does anything. On explicit ones every type says how its array is
+split, and an operation whose inputs disagree raises. The rule is that of FSDP and of tensor parallelism alike: an axis
+of the mesh that the inputs are already split over is taken away from the weights (they are gathered), the rest of the
+weights' axes are those of the outputs, and sums over split axes are reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+__all__ = ["fit_weights", "is_explicit", "like", "product", "rows", "spec_of", "whole"]
+
+
+def is_explicit(x: Any) -> bool:
+    """Whether the type of `x` says how it is split."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def spec_of(x: Any) -> tuple[Any, ...]:
+    """The mesh axes of each dimension of `x`."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def _axes(entries: Sequence[Any]) -> set[str]:
+    return {axis for entry in entries for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None}
+
+
+def _without(entry: Any, used: set[str]) -> Any:
+    kept = tuple(axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis and axis not in used)
+    return kept if len(kept) > 1 else kept[0] if kept else None
+
+
+def _moved(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
+    return x if spec_of(x) == tuple(spec) else jax.sharding.reshard(x, PartitionSpec(*spec))
+
+
+def product(x: jax.Array, kernel: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, PartitionSpec]:
+    """The kernel as it has to be split for a product with `x`, and how the outputs are split.
+
+    Args:
+        x: the inputs.
+        kernel: the weights, the axes to be summed over first.
+        axes: the axes of `x` to be summed over.
+    """
+    mine, theirs = spec_of(x), spec_of(kernel)
+    outputs = [_without(entry, _axes(mine)) for entry in theirs[len(axes) :]]
+    moved = _moved(kernel, [*(mine[axis] for axis in axes), *outputs])
+    return moved, PartitionSpec(*(entry for i, entry in enumerate(mine) if i not in axes), *outputs)
+
+
+def fit_weights(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Weights that broadcast against the last axes of `x`, split as these are."""
+    if not is_explicit(x) or not is_explicit(weights):
+        return weights
+    mine = spec_of(x)[x.ndim - weights.ndim :]
+    return _moved(weights, [None if size == 1 else entry for size, entry in zip(weights.shape, mine, strict=True)])
+
+
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x` split as `other`, an array of the same shape."""
+    return _moved(x, spec_of(other)) if is_explicit(other) else x
+
+
+def whole(weights: jax.Array) -> jax.Array:
+    """Weights that are split over nothing."""
+    return _moved(weights, (None,) * weights.ndim) if is_explicit(weights) else weights
+
+
+def rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """`jnp.take(table, indices, axis=0)`, with the table split over mesh axes, the indices too perhaps."""
+    used = _axes(spec_of(indices))
+    moved = _moved(table, [_without(entry, used) for entry in spec_of(table)])
+    out = PartitionSpec(*spec_of(indices), *spec_of(moved)[1:])
+    return moved.at[indices].get(mode="fill", out_sharding=out)
