@@ -37,7 +37,7 @@ class Picture:
             f'fill="{fill}" stroke="{line}" stroke-width="1.5"{dash}/>'
         )
         lines = text.split("\n")
-        middle = y + height / 2 if kind != "module" else y + 0.8
+        middle = y + height / 2 if kind != "module" else y + 0.8 + (len(lines) - 1) * 0.25
         for i, part in enumerate(lines):
             self.text(x + width / 2, middle + (i - (len(lines) - 1) / 2) * 0.9 + 0.25, part, code=kind != "module")
 

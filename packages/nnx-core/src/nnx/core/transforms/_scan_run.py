@@ -523,7 +523,7 @@ class Run:
         own = {
             id(leaf): change.name
             for change in wanted
-            if change.place is not None
+            if change.place is not None and change.entry[1] is not RngStream  # which all runs draw the same from
             for leaf in jax.tree.leaves(layouts[change.place[0]].cells[change.place[1]]._value)
         }
         bad = {own[id(value)] for value in used_constants(once.closed) if id(value) in own}
