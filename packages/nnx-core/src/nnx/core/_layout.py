@@ -192,11 +192,13 @@ def layout_after(root: Object, roots: Sequence[Object], layouts: Sequence[Layout
         roots: the roots before it.
         layouts: their layouts, in turn.
     """
-    try:
-        own = layout_of(root)
-    except StaticError:
-        # Alone it is not whole, as when it keeps a bound method of a root before it.
-        return Layout(walk_in_turn([*roots, root])[-1])
+    own = root._nnx.layout
+    if own is None or not own.valid or own.statics:
+        try:
+            own = layout_of(root)
+        except StaticError:
+            # Alone it is not whole, as when it keeps a bound method of a root before it.
+            return Layout(walk_in_turn([*roots, root])[-1])
     # A token alone for the usual pair of a model and its optimizer: this is on the path of every call.
     key = layouts[0].token if len(layouts) == 1 else tuple([layout.token for layout in layouts])
     found = own.after.get(key, _UNKNOWN)

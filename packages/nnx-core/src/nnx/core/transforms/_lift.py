@@ -77,13 +77,16 @@ def enter(root: Object, roots: list[Object], layouts: list[Layout]) -> Any:
         roots: those before it; it is added.
         layouts: their layouts; its own is added.
     """
-    layout = layout_after(root, roots, layouts) if roots else layout_of(root)
+    hidden = root._nnx
+    layout = hidden.layout
+    if layout is None or not layout.valid or layout.statics or layouts:
+        layout = layout_after(root, roots, layouts) if layouts else layout_of(root)
     roots.append(root)
     layouts.append(layout)
     column = layout.column
     if column is None or layout.streams:
         column = values_of(layout)
-    if root._nnx.initializing:
+    if hidden.initializing:
         return Packed(Initializing(layout.moduledef), column)
     return {layout.handle: column}
 
