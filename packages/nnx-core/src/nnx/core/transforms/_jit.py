@@ -13,9 +13,9 @@ import jax
 
 from nnx.core._errors import AttributeKindError
 from nnx.core._explain import TraceLog, warn_of_captures
-from nnx.core._layout import Layout
+from nnx.core._layout import Layout, values_of
 from nnx.core._object import Object
-from nnx.core._tracing import current_trace, is_eager
+from nnx.core._tracing import is_eager
 from nnx.core.transforms._callable import lift_callable
 from nnx.core.transforms._donate import separate
 from nnx.core.transforms._inputs import Inputs, run
@@ -101,6 +101,12 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 class JitWrapped(Generic[P, R]):
     """A function compiled by `nnx.jit`. Call it as the function itself."""
 
+    # What a call reads is in slots, which are read faster than a `__dict__`.
+    __slots__ = ("__dict__", "__weakref__", "_apart", "_bound", "_direct", "_donates", "_jitted")
+
+    _apart: list[object]
+    """Tokens of the layouts of the last donated call."""
+
     def __init__(self, function: Callable[P, R], options: dict[str, Any]) -> None:
         target: Any
         target, self._bound = lift_callable(function, "nnx.jit")
@@ -120,7 +126,8 @@ class JitWrapped(Generic[P, R]):
         # Whether Modules are looked for among the arguments themselves; else JAX finds them, wherever they are.
         self._at_top = not static and options.get("in_shardings") is None
         self._direct = self._at_top
-        self._apart: set[tuple[object, ...]] = set()
+        self._apart = []
+        self._were_apart: set[frozenset[object]] = set()
         if self._donates and options.get("keep_unused") is None:
             options["keep_unused"] = True  # so that JAX sees every array that would be given away and kept as well
         if options.get("in_shardings") is not None:
@@ -135,16 +142,37 @@ class JitWrapped(Generic[P, R]):
         self._jitted: Any = jax.jit(traced, **{k: v for k, v in options.items() if v is not None})
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        # The path of every call: what is spent here is the price of the library.
+        # The path of every call: what is spent here is the price of the library. So the usual case of `enter` and of
+        # `Report.write` is written out.
         if not self._direct:
             return self._call_elsewise(args, kwargs)  # type: ignore[no-any-return]
         roots: list[Object] = []
         layouts: list[Layout] = []
-        given: Any = self._bound + args if self._bound else args
-        given = [enter(arg, roots, layouts) if isinstance(arg, Object) else arg for arg in given]
+        given: list[Any] = []
+        for arg in self._bound + args if self._bound else args:
+            if isinstance(arg, Object):
+                hidden = arg._nnx
+                layout = hidden.layout
+                if (
+                    layout is None
+                    or not layout.valid
+                    or layout.statics
+                    or hidden.initializing
+                    or (layouts and (len(layouts) > 1 or layout.after.get(layouts[0].token, layout) is not None))
+                ):
+                    given.append(enter(arg, roots, layouts))
+                    continue
+                column = layout.column
+                if column is None or layout.streams:
+                    column = values_of(layout)
+                roots.append(arg)
+                layouts.append(layout)
+                given.append({layout.handle: column})
+            else:
+                given.append(arg)
         named: Any = kwargs and _enter_named(kwargs, roots, layouts)
-        if self._donates and not self._are_apart(layouts):
-            separate(self._bound + args, kwargs, self._donated, self._donated_names)
+        if self._donates and [layout.token for layout in layouts] != self._apart:
+            self._separate(args, kwargs, layouts)
             return self(*args, **kwargs)
         try:
             out, report = self._jitted(*given, **named)
@@ -152,39 +180,33 @@ class JitWrapped(Generic[P, R]):
             again = self._instead(error, args, kwargs, roots, layouts)
             if again is None:
                 raise
-            return again()  # type: ignore[no-any-return]
-        if report is None:
-            return out  # type: ignore[no-any-return]
-        ((report, values),) = report.items()
-        if not report.simple:
+        else:
+            if report is None:
+                return out  # type: ignore[no-any-return]
+            ((report, values),) = report.items()
+            if report.whole is not None and is_eager():
+                columns = [layouts[number].column for number in report.whole]
+                if None not in columns:
+                    i = 0  # `zip` and `enumerate` take longer to begin than the whole loop
+                    for column in columns:
+                        column[:] = values[i]  # type: ignore[index]
+                        i += 1  # noqa: SIM113
+                    return out  # type: ignore[no-any-return]
             return report.finish(roots, layouts, out, values)  # type: ignore[no-any-return]
-        trace = current_trace()
-        for number, positions in report.touched:
-            if layouts[number].trace is not trace:
-                layouts[number].check_trace(trace, positions)
-        for (number, positions, streams), part in zip(report.writes, values, strict=True):
-            layout = layouts[number]
-            column = layout.column
-            if positions is None and column is not None and not streams:
-                column[:] = part
-            else:
-                layout.write(positions, part, streams=streams)
-        for number, position, keys in report.draws:
-            layouts[number].cells[position].advance(keys)  # type: ignore[attr-defined]
-        return out  # type: ignore[no-any-return]
+        return again()  # type: ignore[no-any-return]
 
-    def _are_apart(self, layouts: Sequence[Layout]) -> bool:
-        """Whether the arrays of these graphs have been looked through before, so that each is in one place.
+    def _separate(self, args: tuple[Any, ...], kwargs: dict[str, Any], layouts: Sequence[Layout]) -> None:
+        """See to it that no array of these graphs is in two places, the first time that they are in a donated call.
 
         What a call writes is apart by itself. Where a write since then has put one array in two places, JAX finds it.
         """
-        tokens = tuple([layout.token for layout in layouts])
-        if tokens in self._apart:
-            return True
-        if len(self._apart) > 64:
-            self._apart.clear()
-        self._apart.add(tokens)
-        return False
+        self._apart = [layout.token for layout in layouts]
+        tokens = frozenset(self._apart)
+        if tokens not in self._were_apart:
+            separate(self._bound + args, kwargs, self._donated, self._donated_names)
+            if len(self._were_apart) > 64:
+                self._were_apart.clear()
+            self._were_apart.add(tokens)
 
     def _instead(
         self,

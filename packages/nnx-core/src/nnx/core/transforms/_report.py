@@ -7,6 +7,7 @@ from typing import Any
 
 from nnx.core._layout import Layout
 from nnx.core._object import Object
+from nnx.core._tracing import current_trace
 from nnx.core.transforms._lift import Frame
 from nnx.core.transforms._outcome import Outcome, finish
 
@@ -20,14 +21,15 @@ class Report:
 
     Attributes:
         outcome: the whole of it.
-        simple: whether `writes` and `draws` say all, so that a call can do them itself.
+        whole: the numbers of the roots all of whose cells are written, if that is all there is to do; else None.
+        simple: whether `writes` and `draws` say all.
         writes: for each root with changed cells its number, their positions (None for all), and whether streams are
             among them.
         draws: for each stream that was drawn from the root's number, its position, and the number of keys.
         touched: for each root in `writes` and `draws` its number and the positions.
     """
 
-    __slots__ = ("draws", "outcome", "simple", "touched", "writes")
+    __slots__ = ("draws", "outcome", "simple", "touched", "whole", "writes")
 
     def __init__(self, outcome: Outcome, spans: Sequence[tuple[int, int]]) -> None:
         """Note an outcome.
@@ -45,6 +47,10 @@ class Report:
             ]
         )
         self.draws = outcome.draws
+        whole = (
+            self.simple and not (outcome.draws or outcome.streams) and all(write[1] is None for write in self.writes)
+        )
+        self.whole = tuple([write[0] for write in self.writes]) if whole else None
         self.touched = (*outcome.writes, *[(number, (position,)) for number, position, _ in outcome.draws])
 
     def __repr__(self) -> str:
@@ -62,7 +68,19 @@ class Report:
         return parts
 
     def finish(self, roots: Sequence[Object], layouts: Sequence[Layout], out: Any, values: Sequence[Any]) -> Any:
-        """Write what changed into the Modules, and put them into the output; see `finish`."""
-        frame = Frame().begin()
-        frame.roots, frame.layouts = list(roots), list(layouts)
-        return finish(frame, out, [value for part in values for value in part], self.outcome)
+        """Write what changed into the Modules, and put them into the output; see `finish`.
+
+        Everything is checked before anything is written.
+        """
+        if not self.simple:
+            frame = Frame().begin()
+            frame.roots, frame.layouts = list(roots), list(layouts)
+            return finish(frame, out, [value for part in values for value in part], self.outcome)
+        trace = current_trace()
+        for number, positions in self.touched:
+            layouts[number].check_trace(trace, positions)
+        for (number, positions, streams), part in zip(self.writes, values, strict=True):
+            layouts[number].write(positions, part, streams=streams)
+        for number, position, keys in self.draws:
+            layouts[number].cells[position].advance(keys)  # type: ignore[attr-defined]
+        return out
