@@ -77,8 +77,8 @@ class Report:
             frame.roots, frame.layouts = list(roots), list(layouts)
             return finish(frame, out, [value for part in values for value in part], self.outcome)
         trace = current_trace()
-        for number, positions in self.touched:
-            layouts[number].check_trace(trace, positions)
+        for number, places in self.touched:
+            layouts[number].check_trace(trace, places)
         for (number, positions, streams), part in zip(self.writes, values, strict=True):
             layouts[number].write(positions, part, streams=streams)
         for number, position, keys in self.draws:
