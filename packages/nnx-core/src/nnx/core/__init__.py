@@ -4,6 +4,9 @@ from nnx.core.__about__ import __version__
 from nnx.core._containers import Dict, Sequence
 from nnx.core._context import Context, ContextDef, RngStream, context
 from nnx.core._dataclass import dataclass, field, node_field, param_field, static_field, var_field
+from nnx.core._diff import Diff, DiffEntry, diff
+from nnx.core._display import display
+from nnx.core._draw import draw
 from nnx.core._errors import (
     AttributeKindError,
     ContextError,
@@ -36,6 +39,7 @@ from nnx.core._sharding import (
     with_logical_partitioning,
 )
 from nnx.core._state import Schema, State
+from nnx.core._summary import Summary, SummaryRow, count_parameters, tabulate
 from nnx.core._variable import (
     BatchStat,
     Cache,
@@ -74,6 +78,8 @@ __all__ = [
     "ContextDef",
     "ContextError",
     "Dict",
+    "Diff",
+    "DiffEntry",
     "Filter",
     "FilterError",
     "Intermediate",
@@ -104,6 +110,8 @@ __all__ = [
     "Static",
     "StaticError",
     "StructureError",
+    "Summary",
+    "SummaryRow",
     "TraceContextError",
     "TreeNode",
     "Variable",
@@ -114,8 +122,12 @@ __all__ = [
     "checkify",
     "cond",
     "context",
+    "count_parameters",
     "custom_vjp",
     "dataclass",
+    "diff",
+    "display",
+    "draw",
     "eval_shape",
     "explain_retraces",
     "field",
@@ -142,6 +154,7 @@ __all__ = [
     "sharded_init",
     "static_field",
     "switch",
+    "tabulate",
     "to_filter",
     "value_and_grad",
     "var",
