@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -409,6 +410,13 @@ def test_all_is_changed_or_nothing(checkpointer, monkeypatch):
     assert_identical(model, saved["model"])
 
 
+def test_bare_arrays(checkpointer):
+    checkpointer.save(0, jnp.arange(3))
+    np.testing.assert_array_equal(checkpointer.restore(like=jnp.zeros(3, int)).value, [0, 1, 2])
+    with pytest.raises(TypeError, match="`value` is a str; a checkpoint holds arrays"):
+        checkpointer.save(1, "a text")
+
+
 def test_nothing_to_restore(checkpointer):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         checkpointer.restore(like={"x": jnp.ones(1)})
@@ -461,6 +469,92 @@ with nnx.Checkpointer(sys.argv[1]) as checkpointer:
     subprocess.run(
         [sys.executable, "-W", "error", "-c", program, str(tmp_path / "c")], check=True, env=environment, timeout=120
     )
+
+
+ON_MANY = """
+import sys, jax, jax.numpy as jnp, numpy as np, nnx, optax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+folder, devices, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+assert len(jax.devices()) == devices
+mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+class Net(nnx.Module):
+    def __init__(self, *, ctx):
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(ctx.make_rng("params"), (16, 8)), sharding=("data", None))
+        self.last = nnx.Linear(8, 1, ctx=ctx)
+    def __call__(self, x):
+        return self.last(nnx.relu(x @ self.kernel))
+
+model = Net(ctx=nnx.context(0))
+state = nnx.TrainState.from_module(model, optax.adam(1e-2))
+place = lambda leaf: jax.device_put(leaf, rows if leaf.shape[:1] == (16,) else whole)
+state = jax.tree.map(place, state)
+
+@jax.jit
+def step(state, x):
+    def loss(params):
+        y, _ = state.apply(params)(x)
+        return ((y - x.sum(1, keepdims=True)) ** 2).mean()
+    value, grads = jax.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads), {"loss": value}
+
+class Data:
+    def __init__(self): self.at = 0
+    def __iter__(self): return self
+    def __next__(self):
+        self.at += 1
+        return jax.device_put(np.random.default_rng(self.at).normal(size=(8, 16)).astype(np.float32), rows)
+    def get_state(self): return self.at
+    def set_state(self, at): self.at = at
+
+class Out:
+    def resume(self, step): print("resumed", step)
+    def log(self, step, values): print(step, values["loss"].hex())
+    def close(self): pass
+
+with nnx.Checkpointer(folder, save_every=4) as checkpointer:
+    if checkpointer.latest_step is not None:
+        restored = checkpointer.restore(like=state)
+        for leaf, like in zip(jax.tree.leaves(restored.value), jax.tree.leaves(state), strict=True):
+            assert leaf.sharding == like.sharding and leaf.committed, (leaf.sharding, like.sharding)
+        kernel = np.asarray(restored.value.params["kernel"].value)
+        print("restored", restored.report.resharded != (), kernel.tobytes().hex())
+        # By the names of the axes in the Variables, whatever `like` says.
+        onto = checkpointer.restore(like=nnx.eval_shape(lambda: state), mesh=mesh).value.params["kernel"].value
+        assert onto.sharding.is_equivalent_to(rows, 2), onto.sharding
+    result = nnx.fit(step, state, Data(), steps=last, checkpointer=checkpointer, log_every=1, loggers=[Out()])
+print("kernel", np.asarray(result.state.params["kernel"].value).tobytes().hex())
+"""
+
+
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
+    def life(folder, devices, steps):
+        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-W", "error", "-c", ON_MANY, str(tmp_path / folder), str(devices), str(steps)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [line.split() for line in done.stdout.splitlines()]
+        losses = {int(line[0]): float.fromhex(line[1]) for line in lines if line[0].isdecimal()}
+        return losses, {line[0]: line[1:] for line in lines if not line[0].isdecimal()}
+
+    whole, end = life("whole", 8, 12)
+    first, saved = life("run", 8, 4)
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    # Where the layout is the same, every bit is.
+    second, told = life("same", 8, 12)
+    assert told["restored"] == ["False", saved["kernel"][0]]
+    assert {**first, **second} == whole
+    assert told["kernel"] == end["kernel"]
+    for devices, steps in ((4, 8), (1, 12)):
+        before = saved["kernel"][0]
+        second, saved = life("run", devices, steps)
+        assert saved["restored"] == ["True", before]  # exactly what was saved, on other devices
+        first |= second
+    assert first.keys() == whole.keys()
+    np.testing.assert_allclose(list(first.values()), list(whole.values()), rtol=1e-5)
 
 
 def test_orbax_is_imported_only_when_a_checkpointer_is_made(tmp_path):

@@ -3,6 +3,7 @@
 Random damage and random kills are in tests/faults.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,65 @@ def test_an_error_is_raised_by_the_next_call_and_once(tmp_path, monkeypatch):
         with pytest.raises(nnx.CheckpointError, match="failed in the background: no space"):
             checkpointer.restore(like={"x": jnp.zeros(1)})
         assert checkpointer.restore(like={"x": jnp.zeros(1)}).step == 1
+
+
+def test_what_counts_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """Every file and folder of a step is flushed before the step has its name, and the name after that."""
+    done = []
+    flush, rename = os.fsync, Path.rename
+
+    def fsync(descriptor):
+        done.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        flush(descriptor)
+
+    def renamed(self, target):
+        done.append(f"{self} -> {target}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with nnx.Checkpointer(tmp_path, save_every=1, async_save=False) as checkpointer:
+        checkpointer.save(1, VALUE)
+    writing, step = tmp_path / ".writing-1", tmp_path / "1"
+    at = done.index(f"{writing} -> {step}")
+    inside = [step, *step.rglob("*")]
+    assert len(inside) > 5
+    assert {str(writing / path.relative_to(step)) for path in inside} <= set(done[:at])
+    assert str(tmp_path) in done[at + 1 :]
+
+
+def test_a_step_that_is_not_kept_is_renamed_before_its_files_go(tmp_path, monkeypatch):
+    seen = []
+    remove = shutil.rmtree
+
+    def slowly(folder, **options):
+        if Path(folder).name.startswith(".removed-"):
+            seen.append((Path(folder).name, sorted(p.name for p in tmp_path.iterdir() if p.name.isdecimal())))
+            if len(seen) == 1:
+                return  # as if killed here
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slowly)
+    with nnx.Checkpointer(tmp_path, save_every=1, keep_last=1) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"x": jnp.ones(1)})
+    assert seen == [(".removed-1", ["2"]), (".removed-2", ["3"])]
+    (tmp_path / ".writing-9").mkdir()
+    assert (tmp_path / ".removed-1").exists()
+    with nnx.Checkpointer(tmp_path, save_every=1) as checkpointer:
+        assert checkpointer.steps == (3,)
+        checkpointer.save(4, {"x": jnp.ones(1)})
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "3", "4"}
+
+
+def test_orbax_alone_reads_what_is_saved(saved):
+    """The arrays are orbax's own, and its manager finds them."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(saved) as manager:
+        assert manager.all_steps() == [1, 2]
+        found = manager.restore(2, args=ocp.args.Composite(state=ocp.args.PyTreeRestore())).state
+    np.testing.assert_array_equal(found["leaf:a"], shifted(2)["a"])
 
 
 def test_two_processes(tmp_path):

@@ -172,16 +172,19 @@ def test_the_same_command_again_goes_on_exactly(tmp_path):
     assert again.step == 20
 
 
-def test_a_signal_saves_and_returns(tmp_path):
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_returns(tmp_path, which):
+    before = signal.getsignal(which)
+
     def step(state, batch, ctx):
         metrics = lifted(state, batch, ctx)
         if int(state[1].step) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), which)
         return metrics
 
     result, steps, _ = train(tmp_path, 20, step_fn=step)
-    assert (result.step, result.signal, steps) == (6, signal.SIGTERM, (4, 6))
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert (result.step, result.signal, steps) == (6, which, (4, 6))
+    assert signal.getsignal(which) is before
     result, _, _ = train(tmp_path, 8)
     assert (result.step, result.signal) == (8, None)
 
@@ -242,6 +245,53 @@ def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monke
     assert len(steps) == 5
 
 
+def test_data_without_a_position_begin_anew_and_it_is_said(tmp_path):
+    state = nnx.TrainState.from_module(parts()[0], TX)
+    with nnx.Checkpointer(tmp_path, save_every=2) as checkpointer:
+        nnx.fit(functional, state, [X, X], steps=3, checkpointer=checkpointer, loggers=[])
+        with pytest.warns(nnx.CheckpointWarning, match="goes on at step 3, and the data begin anew"):
+            nnx.fit(functional, state, [X, X], steps=4, checkpointer=checkpointer, loggers=[])
+
+
+def test_the_best_is_that_of_the_loss(tmp_path):
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+
+    @jax.jit
+    def step(state, loss):
+        return state + 1, {"accuracy": state, "loss": loss}  # sorted by name
+
+    with nnx.Checkpointer(tmp_path, save_every=1, keep_last=1, keep_best=1) as checkpointer:
+        nnx.fit(step, jnp.zeros(()), losses, steps=4, checkpointer=checkpointer, loggers=[])
+        assert (checkpointer.best_step, checkpointer.steps) == (2, (2, 4))
+
+
+def test_it_waits_only_where_a_number_is_shown():
+    """Metrics that count how often they are asked for their value, which is what waits for the device."""
+    asked = []
+
+    class Number:
+        def __init__(self, step):
+            self.step = step
+
+        def __float__(self):
+            asked.append(self.step)
+            return 0.5
+
+    steps = iter(range(1, 100))
+    recorder = Recorder()
+    nnx.fit(
+        lambda state, batch: (state, {"loss": Number(next(steps))}),
+        jnp.zeros(()),
+        [X],
+        steps=25,
+        log_every=10,
+        loggers=[recorder],
+        progress=True,
+    )
+    assert asked == [10, 20, 25]
+    assert [step for step, _ in recorder.rows] == [10, 20, 25]
+
+
 def test_wrong_arguments():
     state = nnx.TrainState.from_module(parts()[0], optax.sgd(0.1))
     with pytest.raises(ValueError, match="fit: steps is positive, got 0"):
@@ -284,11 +334,37 @@ def test_loggers(tmp_path, monkeypatch):
         nnx.TensorBoardLogger(tmp_path)
 
 
-def test_tensorboard(tmp_path, monkeypatch):
+def test_files_for_tensorboard(tmp_path):
+    with nnx.Checkpointer(tmp_path / "run", save_every=2) as checkpointer:
+        for steps in (3, 5):
+            nnx.fit(
+                lifted,
+                parts(),
+                Batches(),
+                steps=steps,
+                context=nnx.context(noise=0),
+                checkpointer=checkpointer,
+                log_every=1,
+                loggers=[nnx.TensorBoardLogger(tmp_path / "events")],
+            )
+    from tensorboardX.proto.event_pb2 import Event
+
+    logged = []
+    for file in sorted((tmp_path / "events").iterdir()):
+        data = file.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            logged += [(event.step, value.tag) for value in event.summary.value]
+            data = data[16 + length :]
+    assert logged == [(step, "loss") for step in (1, 2, 3, 4, 5)]
+
+
+def test_tensorboard_is_told_where_a_run_goes_on(tmp_path, monkeypatch):
     seen = []
 
     class SummaryWriter:
-        def __init__(self, folder, purge_step=None):
+        def __init__(self, folder, purge_step=None, filename_suffix=""):
             seen.append((folder, purge_step))
 
         def add_scalar(self, name, value, step):

@@ -32,4 +32,4 @@ class CorruptError(CheckpointError):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was passed over since it is damaged."""
+    """A checkpoint was passed over since it is damaged, or a run goes on without the position of its data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -192,6 +193,9 @@ def _number(text: Any) -> float:
         return float("inf")
 
 
+_writers = itertools.count()
+
+
 class TensorBoardLogger:
     """Scalars for TensorBoard; needs `pip install nnx-train[tensorboard]`.
 
@@ -221,7 +225,9 @@ class TensorBoardLogger:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers of a step."""
         if self._writer is None:
-            self._writer = self._kind(self._folder, purge_step=self._purge)
+            # Files are named by the second, and of two lives in one the later would overwrite what the earlier wrote.
+            suffix = f".{os.getpid()}.{next(_writers)}"
+            self._writer = self._kind(self._folder, purge_step=self._purge, filename_suffix=suffix)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from nnx.core import Context, Module, NnxError
 from nnx.train._checkpoint import Checkpointer
+from nnx.train._errors import CheckpointWarning
 from nnx.train._interrupt import Interrupt
 from nnx.train._leaves import flatten
 from nnx.train._loggers import Logger, TerminalLogger
@@ -88,11 +90,12 @@ def fit(
     Args:
         step_fn: one step; compiled by `nnx.jit` or `jax.jit`.
         state: what is trained.
-        data: batches: an iterator, or an iterable that is gone through again when it ends. An iterator that has
-            `get_state` and `set_state` has its position saved and restored.
+        data: batches: an iterator, or an iterable that is gone through again when it ends. What has `get_state` and
+            `set_state`, the data or the iterator that they give, has its position saved and restored.
         steps: the steps in all.
         context: handed to each step, and saved.
-        checkpointer: where to save; None to save nothing.
+        checkpointer: where to save; None to save nothing. The best are those of its `best_metric`, or of the step's
+            metric "loss".
         evaluate: `evaluate(state)` gives a dict of scalars.
         evaluate_every: after how many steps; None for the end alone.
         log_every: after how many steps metrics are logged.
@@ -157,21 +160,20 @@ class _Run:
         checkpointer: Checkpointer | None,
         loggers: list[Logger],
     ) -> None:
-        self.step_fn, self.state, self.data, self.context = step_fn, state, data, context
+        self.step_fn, self.state, self.context = step_fn, state, context
         self.checkpointer, self.loggers = checkpointer, loggers
         self.in_place = any(map(_is_object, jax.tree.leaves(state, is_leaf=_is_object)))
         self.more = () if context is None else (context,)
-        self.positioned = hasattr(data, "get_state") and hasattr(data, "set_state")
+        self.batches = _Batches(data)
         self.step = 0
         self.last: Mapping[str, Any] = {}
         self.shown: dict[str, float] = {}
 
     def run(self, steps: int, progress: bool | None) -> FitResult:
         self._resume()
-        batches = _endless(self.data)
         with Interrupt() as interrupt, _bar(steps, self.step, progress) as bar:
             while self.step < steps and interrupt.signal is None:
-                out = self.step_fn(self.state, next(batches), *self.more)
+                out = self.step_fn(self.state, next(self.batches), *self.more)
                 if self.in_place:
                     self.last = out
                 else:
@@ -196,9 +198,16 @@ class _Run:
             return
         if not self.checkpointer.empty:
             restored = self.checkpointer.restore(
-                like=self.state, context=self.context, data_iter=self.data if self.positioned else None
+                like=self.state, context=self.context, data_iter=self.batches.positioned
             )
             self.step, self.state = restored.step, restored.value
+            if self.batches.positioned is None:
+                warnings.warn(
+                    f"fit goes on at step {self.step}, and the data begin anew: what has no `get_state` and "
+                    "`set_state` has no position to save. An nnx.ArrayLoader and the iterators of grain have one",
+                    CheckpointWarning,
+                    stacklevel=4,
+                )
         # A life that ended before its first save has logged steps that are taken again as well.
         for logger in self.loggers:
             logger.resume(self.step)
@@ -229,24 +238,48 @@ class _Run:
         if self.step in self.checkpointer.steps:
             return
         metrics = self._numbers(self.last)  # a state that went bad is not saved over good ones
+        # `jax.jit` sorts them by name, and the first is what the best checkpoints are chosen by.
+        first = {"loss": metrics["loss"]} if "loss" in metrics else {}
         self.checkpointer.save(
             self.step,
             self.state,
             context=self.context,
-            data_iter=self.data if self.positioned else None,
-            metrics={**metrics, **{name: value for name, value in self.shown.items() if name not in metrics}},
+            data_iter=self.batches.positioned,
+            metrics={**first, **metrics, **{n: value for n, value in self.shown.items() if n not in metrics}},
             force=True,
         )
 
 
-def _endless(data: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in data:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("fit: the data are empty, or an iterator that has come to its end")
+class _Batches:
+    """Batches without an end: what can be gone through again is.
+
+    Attributes:
+        positioned: what has the position, the data or the iterator of it at hand; None if neither has one.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+        self.positioned: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._iterator = iter(self._data)
+        has_one = (item for item in (self._data, self._iterator) if _has_position(item))
+        self.positioned = next(has_one, None)
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self._begin()
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise ValueError("fit: the data are empty, or an iterator that has come to its end") from None
+
+
+def _has_position(item: Any) -> bool:
+    return hasattr(item, "get_state") and hasattr(item, "set_state")
 
 
 def _bar(steps: int, done: int, progress: bool | None) -> Any:
