@@ -17,7 +17,7 @@ from nnx.core._state import Path, Schema, make_node, path_text
 from nnx.core._variable import Cell, Intermediate, Metadata, check_cell_trace
 from nnx.core.transforms._inputs import Call
 from nnx.core.transforms._join import live_places
-from nnx.core.transforms._lift import Frame
+from nnx.core.transforms._lift import Frame, Packed
 from nnx.core.transforms._outcome import Outcome
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "changes",
     "common_size",
     "mapped_definition",
+    "mapped_sizes",
     "unmapped_definition",
     "without",
 ]
@@ -182,6 +183,29 @@ class _Box:
 
     def __init__(self, axis: Any) -> None:
         self.axis = axis
+
+
+def mapped_sizes(call: Call, axes: Sequence[Any], assigned: Sequence[Sequence[Any]]) -> list[tuple[str, Any, int]]:
+    """What of a call is mapped over, as `common_size` takes it.
+
+    Args:
+        call: the call.
+        axes: the axis of each of its leaves.
+        assigned: what each cell of each root is.
+    """
+    sizes: list[tuple[str, Any, int]] = []
+    for i, (leaf, axis) in enumerate(zip(call.leaves, axes, strict=True)):
+        if type(leaf) is not Packed:
+            if isinstance(axis, int):
+                sizes.append((f"leaf {i} of the arguments", leaf, axis))
+            continue
+        root = call.packed.index(i)
+        kind = type(call.frame.roots[root]).__name__
+        paths = call.frame.layouts[root].moduledef.schema.paths
+        for path, value, category in zip(paths, leaf.values, assigned[root], strict=True):
+            if isinstance(category, int):
+                sizes.append((f"`{path_text(path)}` of the {kind}", value, category))
+    return sizes
 
 
 def common_size(what: str, sizes: Sequence[tuple[str, Any, int]], given: int | None) -> int:

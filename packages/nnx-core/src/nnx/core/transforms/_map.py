@@ -12,7 +12,7 @@ import numpy as np
 
 from nnx.core._errors import VariableError
 from nnx.core._filters import to_filter
-from nnx.core._state import make_node, path_text
+from nnx.core._state import make_node
 from nnx.core._tracing import is_batched
 from nnx.core.transforms._axes import (
     BROADCAST,
@@ -26,6 +26,7 @@ from nnx.core.transforms._axes import (
     changes,
     common_size,
     mapped_definition,
+    mapped_sizes,
     unmapped_definition,
     without,
 )
@@ -168,7 +169,7 @@ class _Mapped:
         defaults = [BROADCAST if axes[i] is None else axes[i] for i in call.packed]
         self.assigned = rules.assign(call, defaults)
         self.axes = axes
-        self.size = common_size("nnx.vmap", self._sizes(), axis_size)
+        self.size = common_size("nnx.vmap", mapped_sizes(call, axes, self.assigned), axis_size)
 
     def _leaf_axes(self, in_axes: Any, count: int, bound: int) -> list[Any]:
         call = self.call
@@ -189,22 +190,6 @@ class _Mapped:
             None if type(leaf) is not Packed and not is_array(leaf) else axis
             for leaf, axis in zip(call.leaves, axes, strict=True)
         ]
-
-    def _sizes(self) -> list[tuple[str, Any, int]]:
-        call = self.call
-        sizes: list[tuple[str, Any, int]] = []
-        for i, (leaf, axis) in enumerate(zip(call.leaves, self.axes, strict=True)):
-            if type(leaf) is not Packed:
-                if axis is not None:
-                    sizes.append((f"leaf {i} of the arguments", leaf, axis))
-                continue
-            root = call.packed.index(i)
-            kind = type(call.frame.roots[root]).__name__
-            paths = call.frame.layouts[root].moduledef.schema.paths
-            for path, value, category in zip(paths, leaf.values, self.assigned[root], strict=True):
-                if isinstance(category, int):
-                    sizes.append((f"`{path_text(path)}` of the {kind}", value, category))
-        return sizes
 
     def run(self, function: Callable[..., Any], out_axes: Any, axis_name: Any, name: str | None) -> Any:
         """Map, and write back."""

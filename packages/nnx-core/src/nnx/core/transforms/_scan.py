@@ -6,12 +6,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from nnx.core.transforms._axes import (
-    Rules,
-)
+from nnx.core.transforms._axes import Rules
 from nnx.core.transforms._callable import lift_callable
 from nnx.core.transforms._loops import raise_unstable
-from nnx.core.transforms._scan_run import Carry, Run, is_constructor
+from nnx.core.transforms._scan_axes import Carry, is_constructor
+from nnx.core.transforms._scan_run import Run
 from nnx.core.transforms._staging import Once, content_of, stage
 
 __all__ = ["Carry", "scan"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -14,7 +13,6 @@ import numpy as np
 from nnx.core._context import RngStream
 from nnx.core._errors import StructureError, VariableError
 from nnx.core._graph import walk
-from nnx.core._object import Object
 from nnx.core._state import path_text
 from nnx.core._variable import Intermediate
 from nnx.core.transforms._axes import (
@@ -28,10 +26,10 @@ from nnx.core.transforms._axes import (
     Change,
     Rules,
     Split,
-    axes_like,
     changes,
     common_size,
     mapped_definition,
+    mapped_sizes,
     unmapped_definition,
     without,
 )
@@ -42,30 +40,14 @@ from nnx.core.transforms._join import live_places
 from nnx.core.transforms._lift import Packed
 from nnx.core.transforms._loops import check_returned, is_hole, settled
 from nnx.core.transforms._outcome import Outcome, distinct, finish
-from nnx.core.transforms._staging import Once, grow, is_array, zeros_of
+from nnx.core.transforms._scan_axes import axes_of_rest, is_constructor, joined, leaf_axes, moved, parts
+from nnx.core.transforms._staging import Once, grow, zeros_of
 
-__all__ = ["Carry", "Run", "is_constructor"]
-
-
-class _CarryMark:
-    """Marks the argument, and the part of the output, that is the carry of a scan."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "nnx.Carry"
+__all__ = ["Run"]
 
 
 LAST: Final = Category("as the last layer made it")
 """What a constructor makes and no axis or layer owns."""
-
-Carry: Final = _CarryMark()
-"""In `in_axes` and `out_axes` of `nnx.scan`: the argument, and the part of the output, that is the carry."""
-
-
-def is_constructor(function: Any) -> bool:
-    """Whether a function makes a Module, and so has no carry."""
-    return inspect.isclass(function) or getattr(function, "__name__", "") == "__init__"
 
 
 class Run:
@@ -86,12 +68,11 @@ class Run:
         self.function, self.rules, self.options = function, rules, options
         self.call = call = Call(args, kwargs)
         self.makes = is_constructor(function)
-        self.carried: int | None = None
-        self.axes = self._leaf_axes(options["in_axes"], bound, args)
+        self.axes, self.carried = leaf_axes(call, args, options["in_axes"], bound, self.makes)
         defaults = [_default(self.axes[i]) for i in call.packed]
         self.assigned = rules.assign(call, defaults)
         self.roots = {position: k for k, position in enumerate(call.packed)}
-        self.length = common_size("nnx.scan", self._sizes(), options["length"])
+        self.length = common_size("nnx.scan", mapped_sizes(call, self.axes, self.assigned), options["length"])
         self.split = Split(call, self.assigned, self.length)
         self.first: First | None = None
         self._before = self
@@ -110,69 +91,6 @@ class Run:
                 self._sort((i, position), value, category)
 
     # What goes in
-
-    def _leaf_axes(self, in_axes: Any, bound: int, args: tuple[Any, ...]) -> list[Any]:
-        call = self.call
-        count = len(args)
-        axes: list[Any] = [CARRY] * (call.spans[bound - 1][1] if bound else 0)
-        if isinstance(in_axes, list):
-            in_axes = tuple(in_axes)
-        marked = isinstance(in_axes, tuple) and any(axis is Carry for axis in in_axes)
-        if in_axes is Carry:
-            in_axes, marked = (Carry,), True
-        if marked:
-            if len(in_axes) != count - bound or sum(axis is Carry for axis in in_axes) > 1:
-                raise ValueError(
-                    f"in_axes of nnx.scan is {in_axes}: with nnx.Carry it has an entry for each of the "
-                    f"{count - bound} positional arguments, and one of them is nnx.Carry"
-                )
-            for n, axis in enumerate(in_axes, start=bound):
-                if axis is Carry:
-                    self.carried = n
-                    axes += [CARRY_ALL] * (call.spans[n][1] - call.spans[n][0])
-                else:
-                    axes += axes_like("nnx.scan", axis, call, n, f"argument {n - bound}")
-        else:
-            rest = list(in_axes) if isinstance(in_axes, tuple) else None
-            for n in range(bound, count):
-                width = call.spans[n][1] - call.spans[n][0]
-                if isinstance(args[n], Object):
-                    axes += [0 if self.makes and n == 0 else CARRY]
-                elif self.makes:
-                    axes += [None] * width
-                elif self.carried is None:
-                    self.carried = n
-                    axes += [CARRY_ALL] * width
-                else:
-                    if rest is not None and not rest:
-                        raise ValueError(
-                            f"in_axes of nnx.scan is {in_axes}: too few entries for the arguments after the carry"
-                        )
-                    axis = in_axes if rest is None else rest.pop(0)
-                    axes += axes_like("nnx.scan", axis, call, n, f"argument {n - bound}")
-            if rest:
-                raise ValueError(f"in_axes of nnx.scan is {in_axes}: more entries than arguments after the carry")
-        axes += [CARRY if type(leaf) is Packed else None for leaf in call.leaves[slice(*call.spans[-1])]]
-        return [
-            None if isinstance(axis, int) and type(leaf) is not Packed and not is_array(leaf) else axis
-            for leaf, axis in zip(call.leaves, axes, strict=True)
-        ]
-
-    def _sizes(self) -> list[tuple[str, Any, int]]:
-        call = self.call
-        sizes: list[tuple[str, Any, int]] = []
-        for i, (leaf, axis) in enumerate(zip(call.leaves, self.axes, strict=True)):
-            if type(leaf) is not Packed:
-                if isinstance(axis, int):
-                    sizes.append((f"leaf {i} of the arguments", leaf, axis))
-                continue
-            root = self.roots[i]
-            kind = type(call.frame.roots[root]).__name__
-            paths = call.frame.layouts[root].moduledef.schema.paths
-            for path, value, category in zip(paths, leaf.values, self.assigned[root], strict=True):
-                if isinstance(category, int):
-                    sizes.append((f"`{path_text(path)}` of the {kind}", value, category))
-        return sizes
 
     def _sort(self, slot: tuple[int, int], value: Any, category: Any) -> None:
         if category is CARRY or category is CARRY_ALL:
@@ -202,7 +120,8 @@ class Run:
 
         def body(carry: list[Any], xs: list[Any]) -> Any:
             out, values, outcome = self.call.run(self.function, self._leaves(carry, xs))
-            return self._parts(out), (out if self.makes else None, values, outcome)
+            split = (None, out) if self.carried is None else parts(self.function, out, self.options["out_axes"])
+            return split, (out if self.makes else None, values, outcome)
 
         def first(x: Any) -> Any:
             if not self.length:
@@ -210,33 +129,6 @@ class Run:
             return jax.eval_shape(lambda x: jax.lax.index_in_dim(x, 0, keepdims=False), x)
 
         return Once(body, list(self.carry.values()), jax.tree.map(first, list(self.xs.values())))
-
-    def _parts(self, out: Any) -> tuple[Any, Any]:
-        """What the function returned, as the carry and the rest."""
-        out_axes = self.options["out_axes"]
-        if self.carried is None:
-            return None, out
-        if out_axes is None or out_axes is Carry:
-            return out, None
-        if isinstance(out_axes, (tuple, list)) and any(axis is Carry for axis in out_axes):
-            if not isinstance(out, tuple) or len(out) != len(out_axes):
-                raise StructureError(
-                    f"the body of nnx.scan returns {len(out_axes)} parts by its out_axes, got {_count(out)}"
-                )
-            at = [axis is Carry for axis in out_axes].index(True)
-            return out[at], out[:at] + out[at + 1 :]
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise StructureError(
-                f"the body of nnx.scan, `{getattr(self.function, '__qualname__', self.function)}`, returns (carry, y), "
-                f"got {_count(out)}; with out_axes=None it returns the carry alone"
-            )
-        return out
-
-    def _out_axes(self) -> Any:
-        out_axes = self.options["out_axes"]
-        if isinstance(out_axes, (tuple, list)):
-            return tuple(axis for axis in out_axes if axis is not Carry)
-        return out_axes
 
     # What comes out
 
@@ -534,9 +426,9 @@ class Run:
             )
 
     def _output(self, once: Once, ys: Any, last: Mapping[tuple[int, int], Any]) -> Any:
-        out_axes = self._out_axes()
+        out_axes = axes_of_rest(self.options["out_axes"])
         if out_axes not in (0, None) or (out_axes is None and self.carried is None):
-            ys = _move(out_axes if out_axes is not None else 0, ys)
+            ys = moved(out_axes if out_axes is not None else 0, ys)
         if self.makes:
             return once.out[1][0] if is_hole(once.out[1][0]) else ys
         if self.carried is None:
@@ -545,14 +437,7 @@ class Run:
         span = self.call.spans[self.carried]
         holes = jax.tree.leaves(once.out[0][0], is_leaf=is_hole)
         leaves = [hole if is_hole(hole) else last[i, -1] for i, hole in zip(range(*span), holes, strict=True)]
-        carry = jax.tree.unflatten(tree, leaves)
-        own = self.options["out_axes"]
-        if own is None or own is Carry:
-            return carry
-        if isinstance(own, (tuple, list)) and any(axis is Carry for axis in own):
-            at = [axis is Carry for axis in own].index(True)
-            return (*ys[:at], carry, *ys[at:])
-        return carry, ys
+        return joined(jax.tree.unflatten(tree, leaves), ys, self.options["out_axes"])
 
     def _outcome_outside(self, outcome: Outcome, kept: Sequence[tuple[int, Change, Any]]) -> Outcome:
         """The Outcome as the caller sees it: draws of all runs, and the metadata of the whole axis."""
@@ -592,16 +477,3 @@ def _is_stacked(category: Any) -> bool:
 
 def _default(axis: Any) -> Any:
     return BROADCAST if axis is None else axis
-
-
-def _count(out: Any) -> str:
-    return f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
-
-
-def _move(axes: Any, ys: Any) -> Any:
-    try:
-        return jax.tree.map(lambda axis, below: jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, axis), below), axes, ys)
-    except ValueError:
-        raise ValueError(
-            f"out_axes of nnx.scan does not fit its output: {axes!r} is no prefix of {jax.tree.structure(ys)}"
-        ) from None
