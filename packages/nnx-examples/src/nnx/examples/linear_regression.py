@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ class Calls(nnx.Variable):
 
 class Regression(nnx.Module):
     """`y = x @ w + b`: [batch, features] to [batch]."""
+
+    calls: Any  # assigned as a Variable, read and written as its value
 
     def __init__(self, features: int, *, ctx: nnx.Context) -> None:
         self.linear = nnx.Linear(features, 1, ctx=ctx)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -120,9 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _draw(out: object, test: np.ndarray, again: np.ndarray, new: np.ndarray) -> None:
-    from pathlib import Path
-
+def _draw(out: Path, test: np.ndarray, again: np.ndarray, new: np.ndarray) -> None:
     figure = new_figure(10, 4.6)
     rows = [test, again, *np.split(new, 3)]
     titles = ["scanned", "through the autoencoder", "made up", "", ""]
@@ -130,7 +129,7 @@ def _draw(out: object, test: np.ndarray, again: np.ndarray, new: np.ndarray) -> 
         axes.imshow(np.concatenate(np.pad(row.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1))), axis=1), cmap="gray_r")
         axes.set_title(title, fontsize=10, loc="left")
         axes.axis("off")
-    save_figure(figure, Path(str(out)) / "report.png")
+    save_figure(figure, out / "report.png")
 
 
 if __name__ == "__main__":

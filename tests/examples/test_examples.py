@@ -1,0 +1,140 @@
+"""Each example runs, does what it says it does, and draws its picture; the longer ones with a few steps."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import nnx
+from nnx.examples import char_transformer, cli, linear_regression, parameter_surgery, scan_over_layers, vae
+
+
+def picture(folder):
+    data = (folder / "report.png").read_bytes()
+    return data.startswith(b"\x89PNG") and len(data) > 5_000
+
+
+def test_the_list(capsys):
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(cli.EXAMPLES)
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_an_unknown_example(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "nothing"])
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.EXAMPLES)
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["run", name, "--help"])
+    assert ending.value.code == 0
+    assert "--steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--steps", "0"], "--steps must be at least 1"), (["--seed", "-1"], "--seed must not be negative")],
+)
+def test_slips_at_the_command_line(words, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as ending:
+        linear_regression.main([*words, "--out", str(tmp_path)])
+    assert ending.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        linear_regression.main(["--out", str(tmp_path / "file")])
+    assert "is a file, not a directory" in capsys.readouterr().err
+
+
+def test_linear_regression(tmp_path, capsys):
+    assert linear_regression.main(["--steps", "60", "--out", str(tmp_path)]) == 0
+    *styles, best, _ = [line.split() for line in capsys.readouterr().out.splitlines()]
+    losses = [float(words[2]) for words in styles]
+    assert len(styles) == 4
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+    assert float(best[-1]) < losses[0] < 1.05 * float(best[-1])
+    assert {words[-1] for words in styles} == {"60"}
+    assert picture(tmp_path)
+
+
+def test_vae(tmp_path):
+    assert vae.main(["--steps", "120", "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    np.testing.assert_allclose(rows[-1]["loss"], rows[-1]["kl"] + rows[-1]["reconstruction"], rtol=1e-5)
+    assert picture(tmp_path)
+
+
+def test_scan_over_layers(tmp_path, capsys):
+    assert scan_over_layers.main(["--steps", "3", "--out", str(tmp_path)]) == 0
+    assert float(capsys.readouterr().out.splitlines()[0].rpartition(": ")[2]) < 1e-5
+    assert picture(tmp_path)
+
+
+def test_char_transformer(tmp_path, capsys):
+    words = ["--steps", "20", "--dim", "32", "--layers", "2", "--characters", "16", "--out", str(tmp_path)]
+    assert char_transformer.main(words) == 0
+    out = capsys.readouterr().out
+    assert "def " in out
+    assert "tokens a second" in out
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [row["test loss"] for row in rows if "test loss" in row]
+    assert losses[-1] < losses[0] < 6
+    assert picture(tmp_path)
+
+
+def test_a_token_at_a_time_is_the_whole_text_at_once():
+    text, vocabulary = char_transformer.load_sources(1000)
+    model = char_transformer.Decoder(len(vocabulary), 32, 2, heads=4, kv_heads=2, ctx=nnx.context(0))
+    tokens = text[None, :12].astype(np.int32)
+    whole = model(tokens)
+    model.init_cache(1, 12)
+    first = char_transformer.prefill(model, tokens[:, :8])
+    np.testing.assert_allclose(first, whole[:, 7], rtol=1e-4, atol=1e-4)
+    for i in range(8, 12):
+        logits = char_transformer.prefill(model, tokens[:, i : i + 1])
+        np.testing.assert_allclose(logits, whole[:, i], rtol=1e-4, atol=1e-4)
+
+
+def test_windows_go_on_where_they_were():
+    text = np.arange(100, dtype=np.uint8)
+    windows = char_transformer.TextWindows(text, 4, 8, seed=0)
+    next(windows)
+    state = windows.get_state()
+    batch = next(windows)
+    other = char_transformer.TextWindows(text, 4, 8, seed=0)
+    other.set_state(state)
+    np.testing.assert_array_equal(next(other), batch)
+    assert (np.diff(batch, axis=1) == 1).all()
+
+
+def test_parameter_surgery(tmp_path, capsys):
+    assert parameter_surgery.main(["--steps", "60", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "the frozen parameters are as they were" in out
+    assert "2,437 of 27,269 parameters trained, 4,876 numbers in the optimizer" in out
+    assert float(out.partition("differ by at most ")[2].split()[0]) < 1e-3
+    assert picture(tmp_path)
+
+
+@pytest.mark.slow
+def test_checkpointing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "nnx.examples.checkpointing", "--steps", "40", "--kills", "1", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same, bit by bit" in done.stdout
+    assert picture(tmp_path)
