@@ -372,3 +372,33 @@ def test_constraints_on_auto_explicit_mixed_and_manual_axes():
         np.testing.assert_array_equal(inside(x), x)
     with pytest.raises(nnx.ShardingError, match=r"dimension 0 \(`batch`\) of `the constrained value` has the size 6"):
         nnx.with_logical_constraint(jnp.ones((6, 4)), ("batch", "mlp"), rules=rules, mesh=mesh)
+
+
+@needs_devices
+@pytest.mark.parametrize("recipe", ["fsdp", pytest.param("combined", marks=pytest.mark.slow)])
+def test_the_plan_of_a_step_is_what_is_compiled(recipe):
+    from nnx.examples import transformer_sharded as example
+
+    mesh = make_mesh(MESHES[recipe])
+    rules = nnx.sharding_rules(recipe, mesh)
+    tx = example.make_optimizer()
+    tokens = jax.ShapeDtypeStruct((32, 64), jnp.int32)
+
+    def make():
+        return example.Transformer(128, 4, 512, 4, ctx=nnx.context(0))
+
+    def create():
+        model = make()
+        return model, nnx.Optimizer(model, tx)
+
+    planned = nnx.plan(nnx.sizes_of(make, tx, inputs=[tokens]), MESHES[recipe], rules)
+    model, optimizer = nnx.sharded_init(create, mesh, rules)
+    placed = NamedSharding(mesh, nnx.logical_to_mesh(P("batch", None), rules))
+    batch = jax.device_put(np.zeros(tokens.shape, np.int32), placed)
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        lowered = example.train_step.lower(model, optimizer, batch, jax.random.key(0))
+        memory = lowered.compile().memory_analysis()
+    # The state exactly, but for the tokens and the key that are arguments too.
+    assert 0 <= memory.argument_size_in_bytes - planned.state < 4096
+    ratio = planned.total / (memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+    assert 0.75 < ratio < 1.2, ratio

@@ -59,13 +59,22 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A decoder of the next token: [batch, length] integers to [batch, length, VOCABULARY] logits."""
+    """A decoder of the next token: [batch, length] integers to [batch, length, vocabulary] logits."""
 
     def __init__(
-        self, embed: int, heads: int, mlp: int, layers: int, *, dropout: float = 0.0, ctx: nnx.Context
+        self,
+        embed: int,
+        heads: int,
+        mlp: int,
+        layers: int,
+        *,
+        dropout: float = 0.0,
+        remat: bool = False,
+        vocabulary: int = VOCABULARY,
+        ctx: nnx.Context,
     ) -> None:
-        self.embed = nnx.Embed(VOCABULARY, embed, ctx=ctx)
-        self.blocks = nnx.Stack(Block, layers)(embed, heads, mlp, dropout, ctx=ctx)
+        self.embed = nnx.Embed(vocabulary, embed, ctx=ctx)
+        self.blocks = nnx.Stack(Block, layers, remat=remat)(embed, heads, mlp, dropout, ctx=ctx)
         self.norm = nnx.LayerNorm(embed, ctx=ctx)
 
     def __call__(self, tokens: jax.Array, *, ctx: nnx.Context) -> jax.Array:

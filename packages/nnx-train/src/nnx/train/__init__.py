@@ -14,6 +14,7 @@ from nnx.train._match import RestoreReport
 from nnx.train._metric import Metric, MetricState
 from nnx.train._metrics import Average, MultiMetric, Statistics, Welford
 from nnx.train._optimizer import Optimizer, OptState
+from nnx.train._plan import Plan, Sizes, plan, recipe_mesh, sizes_of
 from nnx.train._precision import Precision
 from nnx.train._recipes import RECIPES, sharding_rules
 from nnx.train._train_state import TrainState
@@ -47,10 +48,12 @@ __all__ = [
     "NonFiniteError",
     "OptState",
     "Optimizer",
+    "Plan",
     "Precision",
     "RECIPES",
     "RestoreReport",
     "Restored",
+    "Sizes",
     "Statistics",
     "TensorBoardLogger",
     "TerminalLogger",
@@ -62,6 +65,9 @@ __all__ = [
     "fit",
     "load_safetensors",
     "load_torch_state_dict",
+    "plan",
+    "recipe_mesh",
     "save_safetensors",
     "sharding_rules",
+    "sizes_of",
 ]

@@ -91,8 +91,10 @@ def launch(command: Sequence[str], processes: int, *, devices: int = 1, timeout:
         code = -signal.SIGINT
     finally:
         _end(running)
-        for reader in readers:
+        for child, reader in zip(running, readers, strict=True):
             reader.join(timeout=_GRACE)
+            if child.stdout is not None and not reader.is_alive():
+                child.stdout.close()
     return code
 
 
@@ -108,7 +110,8 @@ def _wait(running: Sequence[subprocess.Popen[str]], timeout: float | None) -> in
         codes = [child.poll() for child in running]
         failed = [code for code in codes if code]
         if failed:
-            return failed[0]
+            # Who was killed comes before those that fail for the lack of it.
+            return min(failed) if min(failed) < 0 else failed[0]
         if None not in codes:
             return 0
         if end is not None and time.monotonic() > end:
