@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import numpy as np
 from jax.experimental import checkify as jax_checkify
 
+from nnx.core._object import Object
 from nnx.core.transforms._callable import lift_callable
 from nnx.core.transforms._inputs import Call, Inputs
 from nnx.core.transforms._lift import Frame, Packed
@@ -18,7 +19,15 @@ from nnx.core.transforms._staging import Operands, is_number
 
 __all__ = ["checkify", "eval_shape", "make_jaxpr"]
 
+M = TypeVar("M", bound=Object)
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def eval_shape(f: Callable[..., M], *args: Any, **kwargs: Any) -> M: ...
+@overload
+def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
 def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a call of `f` would return, without computing anything.
 
@@ -107,7 +116,7 @@ def make_jaxpr(f: Callable[..., Any], *, return_shape: bool = False) -> Callable
     return wrapper
 
 
-def checkify(f: Callable[..., Any], errors: Any = jax_checkify.user_checks) -> Callable[..., Any]:
+def checkify(f: Callable[P, R], errors: Any = jax_checkify.user_checks) -> Callable[P, tuple[jax_checkify.Error, R]]:
     """Make a function that also returns what went wrong inside of it, as `jax.experimental.checkify.checkify` does.
 
     Args:

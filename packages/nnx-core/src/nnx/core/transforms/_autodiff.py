@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import jax
 
@@ -17,6 +17,10 @@ from nnx.core.transforms._outcome import finish
 from nnx.core.transforms._selection import Selection
 
 __all__ = ["grad", "hessian", "jacfwd", "jacrev", "jvp", "value_and_grad", "vjp"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+A = TypeVar("A")
 
 
 def _split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -34,6 +38,50 @@ def _numbers(argnums: int | Sequence[int]) -> tuple[int, ...]:
     return (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
 
+@overload
+def value_and_grad(
+    f: Callable[P, R],
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[R, Any]]: ...
+@overload
+def value_and_grad(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[[Callable[P, R]], Callable[P, tuple[R, Any]]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, tuple[R, A]],
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[tuple[R, A], Any]]: ...
+@overload
+def value_and_grad(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[[Callable[P, tuple[R, A]]], Callable[P, tuple[tuple[R, A], Any]]]: ...
 def value_and_grad(
     f: Any = None,
     /,
@@ -102,6 +150,50 @@ def value_and_grad(
     return wrapper
 
 
+@overload
+def grad(
+    f: Callable[P, R],
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, Any]: ...
+@overload
+def grad(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[[Callable[P, R]], Callable[P, Any]]: ...
+@overload
+def grad(
+    f: Callable[P, tuple[R, A]],
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[Any, A]]: ...
+@overload
+def grad(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[[Callable[P, tuple[R, A]]], Callable[P, tuple[Any, A]]]: ...
 def grad(
     f: Any = None,
     /,
@@ -283,6 +375,46 @@ def _jacobian(transform: Callable[..., Any], name: str, f: Any, options: dict[st
     return wrapper
 
 
+@overload
+def jacfwd(
+    f: Callable[P, R],
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+) -> Callable[P, Any]: ...
+@overload
+def jacfwd(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+) -> Callable[[Callable[P, R]], Callable[P, Any]]: ...
+@overload
+def jacfwd(
+    f: Callable[P, tuple[R, A]],
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+) -> Callable[P, tuple[Any, A]]: ...
+@overload
+def jacfwd(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+) -> Callable[[Callable[P, tuple[R, A]]], Callable[P, tuple[Any, A]]]: ...
 def jacfwd(
     f: Any = None,
     /,
@@ -318,6 +450,50 @@ def jacfwd(
     )
 
 
+@overload
+def jacrev(
+    f: Callable[P, R],
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, Any]: ...
+@overload
+def jacrev(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[[Callable[P, R]], Callable[P, Any]]: ...
+@overload
+def jacrev(
+    f: Callable[P, tuple[R, A]],
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[P, tuple[Any, A]]: ...
+@overload
+def jacrev(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+) -> Callable[[Callable[P, tuple[R, A]]], Callable[P, tuple[Any, A]]]: ...
 def jacrev(
     f: Any = None,
     /,
@@ -350,6 +526,46 @@ def jacrev(
     return _jacobian(jax.jacrev, "jacrev", f, options)
 
 
+@overload
+def hessian(
+    f: Callable[P, R],
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+) -> Callable[P, Any]: ...
+@overload
+def hessian(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[False] = False,
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+) -> Callable[[Callable[P, R]], Callable[P, Any]]: ...
+@overload
+def hessian(
+    f: Callable[P, tuple[R, A]],
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+) -> Callable[P, tuple[Any, A]]: ...
+@overload
+def hessian(
+    f: None = None,
+    /,
+    *,
+    has_aux: Literal[True],
+    argnums: int | Sequence[int] = 0,
+    wrt: FilterLike = Param,
+    holomorphic: bool = False,
+) -> Callable[[Callable[P, tuple[R, A]]], Callable[P, tuple[Any, A]]]: ...
 def hessian(
     f: Any = None,
     /,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -17,8 +17,10 @@ from nnx.core.transforms._staging import Once, Operands, stage
 
 __all__ = ["cond", "switch"]
 
+R = TypeVar("R")
 
-def cond(pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any) -> Any:
+
+def cond(pred: Any, true_fun: Callable[..., R], false_fun: Callable[..., R], *operands: Any) -> R:
     """Call one of two functions on Modules, Contexts and arrays, as `jax.lax.cond` does.
 
     What the function that runs writes comes out in place; the other's values stay as they were. Random streams advance
@@ -51,7 +53,7 @@ def cond(pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any],
     return _branches("nnx.cond", pred, (true_fun, false_fun), operands)
 
 
-def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+def switch(index: Any, branches: Sequence[Callable[..., R]], *operands: Any) -> R:
     """Call one of several functions on Modules, Contexts and arrays, as `jax.lax.switch` does.
 
     Args:

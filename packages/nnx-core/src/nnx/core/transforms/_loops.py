@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ from nnx.core.transforms._staging import Once, Operands, grow, stage, zeros_of
 
 __all__ = ["check_returned", "fori_loop", "is_hole", "raise_unstable", "settled", "while_loop", "written_values"]
 
+T = TypeVar("T")
 
-def while_loop(cond_fun: Callable[..., Any], body_fun: Callable[..., Any], init_val: Any) -> Any:
+
+def while_loop(cond_fun: Callable[[T], Any], body_fun: Callable[[T], T], init_val: T) -> T:
     """Call a body on Modules, Contexts and arrays while a condition holds, as `jax.lax.while_loop` does.
 
     What the body writes is there in its next run, and in place when the loop has ended.
@@ -64,8 +66,8 @@ def while_loop(cond_fun: Callable[..., Any], body_fun: Callable[..., Any], init_
 
 
 def fori_loop(
-    lower: Any, upper: Any, body_fun: Callable[..., Any], init_val: Any, *, unroll: int | bool | None = None
-) -> Any:
+    lower: Any, upper: Any, body_fun: Callable[[Any, T], T], init_val: T, *, unroll: int | bool | None = None
+) -> T:
     """Call a body on Modules, Contexts and arrays for each integer of a range, as `jax.lax.fori_loop` does.
 
     Args:

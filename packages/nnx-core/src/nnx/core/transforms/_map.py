@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ from nnx.core.transforms._staging import is_array
 
 __all__ = ["vmap"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _REDUCERS: Final[dict[str, Callable[[jax.Array], Any]]] = {
     "mean": lambda values: jnp.mean(values, axis=0).astype(values.dtype),
     "sum": lambda values: jnp.sum(values, axis=0, dtype=values.dtype),
@@ -61,6 +64,34 @@ jax.tree_util.register_pytree_node(
 )
 
 
+@overload
+def vmap(
+    f: Callable[P, R],
+    /,
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    variable_axes: Mapping[Any, int | None] | None = None,
+    variable_reduce: Mapping[Any, Any] | None = None,
+    split_rngs: Any = True,
+    axis_name: Any = None,
+    axis_size: int | None = None,
+    metadata_params: Mapping[str, Any] | None = None,
+) -> Callable[P, R]: ...
+@overload
+def vmap(
+    f: None = None,
+    /,
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    variable_axes: Mapping[Any, int | None] | None = None,
+    variable_reduce: Mapping[Any, Any] | None = None,
+    split_rngs: Any = True,
+    axis_name: Any = None,
+    axis_size: int | None = None,
+    metadata_params: Mapping[str, Any] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def vmap(
     f: Any = None,
     /,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar, overload
 
 from nnx.core.transforms._axes import Rules
 from nnx.core.transforms._callable import lift_callable
@@ -15,7 +15,42 @@ from nnx.core.transforms._staging import Once, content_of, stage
 
 __all__ = ["Carry", "scan"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def scan(
+    f: Callable[P, R],
+    /,
+    *,
+    variable_axes: Mapping[Any, int | None] | None = None,
+    variable_broadcast: Any = None,
+    variable_carry: Any = None,
+    split_rngs: Any = True,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    metadata_params: Mapping[str, Any] | None = None,
+) -> Callable[P, R]: ...
+@overload
+def scan(
+    f: None = None,
+    /,
+    *,
+    variable_axes: Mapping[Any, int | None] | None = None,
+    variable_broadcast: Any = None,
+    variable_carry: Any = None,
+    split_rngs: Any = True,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    metadata_params: Mapping[str, Any] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def scan(
     f: Any = None,
     /,

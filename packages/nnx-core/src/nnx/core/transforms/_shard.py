@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 from jax.sharding import PartitionSpec
@@ -24,6 +24,9 @@ from nnx.core.transforms._staging import content_of, is_number, stage
 
 __all__ = ["shard_map"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class _Plan:
     """As static data: what a shard changed, and the number of each value's spec."""
@@ -40,6 +43,32 @@ jax.tree_util.register_pytree_node(
 )
 
 
+@overload
+def shard_map(
+    f: Callable[P, R],
+    /,
+    *,
+    mesh: Any = None,
+    in_specs: Any,
+    out_specs: Any,
+    variable_specs: Mapping[Any, PartitionSpec] | None = None,
+    split_rngs: str | tuple[str, ...] = (),
+    axis_names: Any = None,
+    check_vma: bool = True,
+) -> Callable[P, R]: ...
+@overload
+def shard_map(
+    f: None = None,
+    /,
+    *,
+    mesh: Any = None,
+    in_specs: Any,
+    out_specs: Any,
+    variable_specs: Mapping[Any, PartitionSpec] | None = None,
+    split_rngs: str | tuple[str, ...] = (),
+    axis_names: Any = None,
+    check_vma: bool = True,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def shard_map(
     f: Any = None,
     /,
