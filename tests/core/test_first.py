@@ -123,6 +123,29 @@ def test_the_loop_is_the_loop_in_python(body, loop):
         np.testing.assert_allclose(other.partition().state[path].value, value.value, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda m: (m.rate < 5) & (m.w < 10),
+        lambda m: m.w < 10 if m.rate == 3 else m.w < 4,
+        lambda m: not hasattr(m, "made") or m.made < 6,
+    ],
+)
+def test_the_condition_is_asked_with_the_structure_as_it_is(more):
+    def body(m):
+        m.rate = 7
+        m.w = m.w + 1
+        m.made = m.w * 2 if hasattr(m, "made") else nnx.BatchStat(m.w)
+        return m
+
+    one, other = made(), made()
+    while more(one):
+        body(one)
+    assert nnx.while_loop(more, body, other) is other
+    assert float(other.w) == float(one.w)
+    assert float(other.made) == float(one.made)
+
+
 def counts(m, c):
     m.rate = m.rate + 1
     return c

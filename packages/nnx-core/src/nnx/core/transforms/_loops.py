@@ -110,13 +110,29 @@ def _while(condition: Any, body: Any, condition_bound: Any, body_bound: Any, ini
     def test(condition_bound: Any, _: Any, val: Any) -> Any:
         return condition(*condition_bound, val)
 
-    def loop(carry: Carry, step: Callable[[Any, Any], Any], start: Any) -> Any:
-        def holds(state: Any) -> Any:
-            out, _, outcome = carry.call.run(test, carry.operands.leaves(state[0]))
-            _check_pure(carry.call, outcome)
-            return out
+    def ask(operands: Operands, dynamic: Any) -> Any:
+        out, _, outcome = operands.call.run(test, operands.leaves(dynamic))
+        _check_pure(operands.call, outcome)
+        return out
 
-        return jax.lax.while_loop(holds, functools.partial(step, 0), start)
+    def loop(carry: Carry, step: Callable[[Any, Any], Any], dynamic: Any, first: First | None, before: Any) -> Any:
+        later = functools.partial(ask, carry.operands)
+
+        def holds(state: Any) -> Any:
+            dynamic, is_first = state
+            if first is None:
+                return later(dynamic)
+            # It is asked once before the body has run, when the structure is as it was.
+            at_first = functools.partial(ask, before[0])
+            return jax.lax.cond(
+                is_first,
+                lambda dynamic: jnp.asarray(at_first(carry.given_first(dynamic, first, before[0]))),
+                lambda dynamic: jnp.asarray(later(dynamic)),
+                dynamic,
+            )
+
+        start = (dynamic, None if first is None else jnp.bool_(True))
+        return jax.lax.while_loop(holds, functools.partial(step, 0), start)[0]
 
     return _loop("nnx.while_loop", body, run, (condition_bound, body_bound, init), loop, 0)
 
@@ -129,11 +145,12 @@ def _fori(body: Any, unroll: Any, lower: Any, upper: Any, bound: Any, init: Any)
     def run(i: Any, bound: Any, val: Any) -> Any:
         return body(*bound, i, val)
 
-    def loop(_: Carry, step: Callable[[Any, Any], Any], start: Any) -> Any:
+    def loop(_: Carry, step: Callable[[Any, Any], Any], dynamic: Any, first: First | None, __: Any) -> Any:
         def counted(i: Any, state: Any) -> Any:
             return step(jax.lax.convert_element_type(i, dtype), state)
 
-        return jax.lax.fori_loop(lower, upper, counted, start, unroll=unroll)
+        start = (dynamic, None if first is None else jnp.bool_(True))
+        return jax.lax.fori_loop(lower, upper, counted, start, unroll=unroll)[0]
 
     return _loop("nnx.fori_loop", body, run, (bound, init), loop, jax.ShapeDtypeStruct((), dtype))
 
@@ -161,27 +178,28 @@ def _loop(what: str, body: Any, run: Any, args: tuple[Any, ...], loop: Any, inde
     if carry.settle(once.out):
         once = Once(traced, index, operands.dynamic)
         carry = Carry(what, operands, once.out)
-    first = None
+    first, alike = None, True
     if before is not None:
         first = First(before[0].call.frame, before[1], call.frame, before[1].out[2])
-        if not carry.differs(once, first, *before):
+        alike = not carry.differs(once, first, *before)
+        if alike and what != "nnx.while_loop":  # whose condition may differ all the same
             first = None
 
     def step(i: Any, state: Any) -> Any:
         dynamic, is_first = state
-        if first is None:
-            return carry.after(dynamic, once(i, dynamic)), is_first
+        if alike:
+            return carry.after(dynamic, once(i, dynamic)), None if is_first is None else jnp.bool_(False)
 
         def later(dynamic: Any) -> list[Any]:
             return carry.after(dynamic, once(i, dynamic))
 
         def run_first(dynamic: Any) -> list[Any]:
-            return carry.after_first(dynamic, first, before[0], i)  # type: ignore[index]
+            return carry.after_first(dynamic, first, before[0], i)  # type: ignore[arg-type, index]
 
         return either(is_first, run_first, later, dynamic), jnp.bool_(False)
 
-    final, _ = loop(carry, step, (operands.dynamic, None if first is None else jnp.bool_(True)))
-    return carry.finish(final, once.out, first)
+    final = loop(carry, step, operands.dynamic, first, before)
+    return carry.finish(final, once.out, None if alike else first)
 
 
 class Carry:
@@ -238,14 +256,13 @@ class Carry:
         drawn = {(root, position): keys for root, position, keys in self._outcome.draws}
         return first.differs(once, first_numbers, Numbers(others, inputs, jax.tree.leaves(out), written, drawn))
 
-    def after_first(self, given: Sequence[Any], first: First, before: Operands, index: Any) -> list[Any]:
-        """What the second run is given, if the first makes Variables.
+    def given_first(self, given: Sequence[Any], first: First, before: Operands) -> list[Any]:
+        """What the first run is given.
 
         Args:
-            given: what the first run is given, with these Variables.
+            given: the same, with the Variables that it makes.
             first: what the first run does.
-            before: the operands of a call without them.
-            index: what the body is given besides.
+            before: the operands of a call without these Variables.
         """
         dynamic: list[Any] = []
         for i, place in enumerate(before.places):
@@ -258,7 +275,11 @@ class Carry:
                 at = first.place(root, position)
                 held.append(own if at is None else given[self.operands.values_of(at[0])][at[1]])
             dynamic.append(held)
-        out, values, _ = first.run(index, dynamic)
+        return dynamic
+
+    def after_first(self, given: Sequence[Any], first: First, before: Operands, index: Any) -> list[Any]:
+        """What the second run is given, if the first does something else than it; `index` is given to the body."""
+        out, values, _ = first.run(index, self.given_first(given, first, before))
         return self._following(given, out, first.written(values), first.drawn)
 
     def _following(self, given: Sequence[Any], out: Any, written: Any, drawn: Any) -> list[Any]:
