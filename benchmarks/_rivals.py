@@ -229,14 +229,16 @@ def make_mlps(depth: int, width: int) -> dict[str, Side]:
     return {FLAX: lambda: _nothing(FlaxMLP(depth, width)), EQUINOX: lambda: _nothing(EquinoxMLP(depth, width))}
 
 
-def flax_layer(make: Callable[[Any, Any], Any]) -> tuple[Any, Callable[[Any, Any], Any]]:
+def flax_layer(
+    make: Callable[[Any, Any], Any], call: Callable[[Any, jax.Array], Any]
+) -> tuple[Any, Callable[[Any, Any], Any]]:
     """The parameters of a layer, and a function of them and of the input that gives the output and the statistics."""
     module = make(flax_nnx, flax_nnx.Rngs(0))
     graphdef, params, rest = flax_nnx.split(module, flax_nnx.Param, ...)
 
     def run(params: Any, x: jax.Array) -> Any:
         merged = flax_nnx.merge(graphdef, params, rest, copy=True)
-        out = merged(x)
+        out = call(merged, x)
         return out, flax_nnx.state(merged, flax_nnx.BatchStat)
 
     return params, run

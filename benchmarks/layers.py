@@ -4,80 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import nnx
+from benchmarks._layer_cases import CASES, Case
 from benchmarks._measure import Options, Spread, alternate
 from benchmarks._results import OURS, Result
 
-OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = \S+ ([a-z\-]+)\(", re.MULTILINE)
+# The type before the operation has spaces in it if it is a tuple.
+OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?:\(.*?\)|\S+) ([a-z][a-z\-]*)\(", re.MULTILINE)
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 """What costs nothing when it runs."""
 ROUNDS = 9
-
-
-class Case(NamedTuple):
-    """A layer of both libraries.
-
-    Attributes:
-        ours: makes ours, given a Context.
-        flax: makes flax's, given its module and its Rngs.
-        shape: the shape of the input.
-        integers: whether the input is of integers.
-    """
-
-    ours: Callable[[nnx.Context], Any]
-    flax: Callable[[Any, Any], Any]
-    shape: tuple[int, ...]
-    integers: bool = False
-
-
-CASES = {
-    "Linear": Case(lambda ctx: nnx.Linear(128, 128, ctx=ctx), lambda f, rngs: f.Linear(128, 128, rngs=rngs), (64, 128)),
-    "LinearGeneral": Case(
-        lambda ctx: nnx.LinearGeneral(128, (4, 32), ctx=ctx),
-        lambda f, rngs: f.LinearGeneral(128, (4, 32), rngs=rngs),
-        (64, 128),
-    ),
-    "Embed": Case(
-        lambda ctx: nnx.Embed(1000, 64, ctx=ctx), lambda f, rngs: f.Embed(1000, 64, rngs=rngs), (16, 32), integers=True
-    ),
-    "Conv": Case(
-        lambda ctx: nnx.Conv(16, 32, (3, 3), ctx=ctx),
-        lambda f, rngs: f.Conv(16, 32, (3, 3), rngs=rngs),
-        (8, 16, 16, 16),
-    ),
-    "BatchNorm": Case(
-        lambda ctx: nnx.BatchNorm(64, use_running_average=False, ctx=ctx),
-        lambda f, rngs: f.BatchNorm(64, use_running_average=False, rngs=rngs),
-        (256, 64),
-    ),
-    "LayerNorm": Case(lambda ctx: nnx.LayerNorm(128, ctx=ctx), lambda f, rngs: f.LayerNorm(128, rngs=rngs), (64, 128)),
-    "RMSNorm": Case(lambda ctx: nnx.RMSNorm(128, ctx=ctx), lambda f, rngs: f.RMSNorm(128, rngs=rngs), (64, 128)),
-    "GroupNorm": Case(
-        lambda ctx: nnx.GroupNorm(64, num_groups=8, ctx=ctx),
-        lambda f, rngs: f.GroupNorm(64, num_groups=8, rngs=rngs),
-        (16, 32, 64),
-    ),
-    "MultiHeadAttention": Case(
-        lambda ctx: nnx.MultiHeadAttention(4, 64, ctx=ctx),
-        lambda f, rngs: f.MultiHeadAttention(num_heads=4, in_features=64, decode=False, rngs=rngs),
-        (8, 32, 64),
-    ),
-    "LSTM": Case(
-        lambda ctx: nnx.RNN(nnx.OptimizedLSTMCell(32, 64, ctx=ctx)),
-        lambda f, rngs: f.RNN(f.OptimizedLSTMCell(32, 64, rngs=rngs), rngs=rngs),
-        (8, 16, 32),
-    ),
-    "GRU": Case(
-        lambda ctx: nnx.RNN(nnx.GRUCell(32, 64, ctx=ctx)),
-        lambda f, rngs: f.RNN(f.GRUCell(32, 64, rngs=rngs), rngs=rngs),
-        (8, 16, 32),
-    ),
-}
 
 
 def measure(options: Options) -> Iterator[Result]:
@@ -87,12 +28,14 @@ def measure(options: Options) -> Iterator[Result]:
     from benchmarks._rivals import FLAX, flax_layer
 
     for name, case in CASES.items():
-        x = jax.random.normal(jax.random.key(0), case.shape)
-        if case.integers:
-            x = jnp.abs(x * 100).astype(jnp.int32)
+        x = case.inputs()
         state, run = _ours(case)
-        flax_state, flax_run = flax_layer(case.flax)
-        ours, flax = (jax.jit(jax.value_and_grad(_loss(function), has_aux=True)) for function in (run, flax_run))
+        flax_state, flax_run = flax_layer(case.flax, case.call)
+        # Of the inputs too, as wherever a layer comes after another one.
+        by = (0,) if case.dtype == "int32" else (0, 1)
+        ours, flax = (
+            jax.jit(jax.value_and_grad(_loss(function), argnums=by, has_aux=True)) for function in (run, flax_run)
+        )
         compiled = ours.lower(state, x).compile(), flax.lower(flax_state, x).compile()
         for what, count in (("operations", _operations), ("FLOPs", _cost("flops")), ("bytes", _cost("bytes accessed"))):
             mine, theirs = map(count, compiled)
@@ -115,7 +58,7 @@ def _ours(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
 
     def run(params: Any, x: jax.Array) -> Any:
         module = moduledef.merge(params, rest)
-        return module(x), module.filter(nnx.BatchStat)
+        return case.call(module, x), module.filter(nnx.BatchStat)
 
     return params, run
 
@@ -123,7 +66,7 @@ def _ours(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
 def _loss(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def loss(state: Any, x: jax.Array) -> Any:
         out, rest = run(state, x)
-        return jnp.sum(out * out), rest
+        return jnp.sum(jnp.square(out.astype(jnp.float32))), rest
 
     return loss
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import jax
@@ -198,15 +197,14 @@ class ConvTranspose(ConvBase):
 
     def _fold(self, y: jax.Array, space: tuple[int, ...]) -> jax.Array:
         """Adds up the elements of a "VALID" result that are whole periods apart, and aligns what comes out."""
-        for axis, size, stride in zip(itertools.count(1), space, self.strides):
-            period = size * stride
-            excess = y.shape[axis] - period
-            if excess == 0:
-                continue
+        periods = [size * stride for size, stride in zip(space, self.strides, strict=True)]
+        pads = []
+        for reached, period in zip(y.shape[1:-1], periods, strict=True):
             # Half of the excess lies before the first output; the odd element too if the kernel is a convolution's.
-            before = -((excess + self.transpose_kernel) // 2) % period
-            after = -(before + y.shape[axis]) % period
-            y = jnp.pad(y, [(before, after) if i == axis else (0, 0) for i in range(y.ndim)])
+            before = -((reached - period + self.transpose_kernel) // 2) % period
+            pads.append((before, -(before + reached) % period))
+        y = jnp.pad(y, [(0, 0), *pads, (0, 0)])
+        for axis, period in enumerate(periods, 1):
             y = y.reshape(*y.shape[:axis], y.shape[axis] // period, period, *y.shape[axis + 1 :]).sum(axis)
         return y
 

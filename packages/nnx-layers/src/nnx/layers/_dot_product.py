@@ -107,6 +107,8 @@ def dot_product_attention(
         shared = range(weights.ndim - 2) if broadcast_dropout else ()
         weights = dropout(weights, dropout_rng, dropout_rate, shared)
     kv_heads = key.shape[-2]
+    if query.shape[-2] == kv_heads:  # without a group's axis of size 1, around which XLA would transpose
+        return jnp.einsum("...nts,...snh->...tnh", weights, value, precision=precision)
     grouped = weights.reshape(*weights.shape[:-3], kv_heads, -1, *weights.shape[-2:])
     out = jnp.einsum("...kgts,...skh->...tkgh", grouped, value, precision=precision)
     return out.reshape(*query.shape[:-1], value.shape[-1])
@@ -193,10 +195,14 @@ def _weights(
     """The attention weights before dropout, [*batch, num_heads, query_length, key_length]."""
     *batch, length, heads, head_dim = query.shape
     key_length, kv_heads = key.shape[-3:-1]
-    grouped = query.reshape(*batch, length, kv_heads, heads // kv_heads, head_dim)
     work = statistics_dtype(query.dtype)
-    logits = jnp.einsum("...tkgh,...skh->...kgts", grouped, key, precision=precision, preferred_element_type=work)
-    logits = logits.reshape(*batch, heads, length, key_length) * scale
+    if heads == kv_heads:
+        logits = jnp.einsum("...tnh,...snh->...nts", query, key, precision=precision, preferred_element_type=work)
+    else:
+        grouped = query.reshape(*batch, length, kv_heads, heads // kv_heads, head_dim)
+        logits = jnp.einsum("...tkgh,...skh->...kgts", grouped, key, precision=precision, preferred_element_type=work)
+        logits = logits.reshape(*batch, heads, length, key_length)
+    logits = logits * scale
     if bias is not None:
         logits = logits + bias.astype(work)
     if is_causal or window is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,25 +69,31 @@ class Norm(Module):
             mask = broadcast_mask(self, mask, x.shape)
             # Before the squares, so that what is masked, which may be NaN, reaches no sum.
             x = jnp.where(mask, x, 0)
-            count = self._across(lax.psum, jnp.sum(mask.astype(x.dtype), axis=axes, keepdims=True))
+            count = self._across(lax.psum, jnp.sum(mask.astype(x.dtype), axis=axes))
 
         def mean_of(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             if count is None:
-                return self._across(lax.pmean, tuple(jnp.mean(a, axis=axes, keepdims=True) for a in arrays))
-            sums = self._across(lax.psum, tuple(jnp.sum(a, axis=axes, keepdims=True) for a in arrays))
+                return self._across(lax.pmean, tuple(jnp.mean(a, axis=axes) for a in arrays))
+            sums = self._across(lax.psum, tuple(jnp.sum(a, axis=axes) for a in arrays))
             return tuple(total / jnp.maximum(count, 1) for total in sums)
 
+        # The reduced axes come back at the very end: what is done with statistics in between XLA then does without
+        # broadcasts.
+        def whole(reduced: jax.Array) -> jax.Array:
+            return jnp.expand_dims(reduced, axes)
+
+        counted = None if count is None else whole(count)
         if not use_mean:
             (square,) = mean_of(lax.square(x))
-            return None, square, count
+            return None, whole(square), counted
         if self.use_fast_variance:
             mean, square = mean_of(x, lax.square(x))
             # Rounding may take the difference below zero, and the square root of that would be NaN.
-            return mean, jnp.maximum(square - lax.square(mean), 0), count
+            return whole(mean), whole(jnp.maximum(square - lax.square(mean), 0)), counted
         (mean,) = mean_of(x)
-        deviation = x - mean if mask is None else jnp.where(mask, x - mean, 0)
-        (var,) = mean_of(lax.square(deviation))
-        return mean, var, count
+        deviation = x - whole(mean)
+        (var,) = mean_of(lax.square(deviation if mask is None else jnp.where(mask, deviation, 0)))
+        return whole(mean), whole(var), counted
 
     def _across(self, reduce: Callable[..., Any], values: Any) -> Any:
         """`reduce` (pmean or psum) over the mapped axis, if there is one."""
@@ -112,12 +117,10 @@ class Norm(Module):
         shape = tuple(size if axis in feature_axes else 1 for axis, size in enumerate(x.shape))
         y = x.astype(work) if mean is None else x.astype(work) - mean.astype(work)
         factor = lax.rsqrt(var.astype(work) + self.epsilon)
-        scale = None if self.scale is None else fit_weights(self.scale.reshape(shape), x).astype(work)
-        if scale is not None and math.prod(jnp.broadcast_shapes(factor.shape, shape)) < x.size:
-            factor, scale = factor * scale, None  # one product for each element less
+        if self.scale is not None:
+            # The factors first: one product with the inputs, whose derivative is one product too.
+            factor = factor * fit_weights(self.scale.reshape(shape), x).astype(work)
         y = y * factor
-        if scale is not None:
-            y = y * scale
         if self.bias is not None:
             y = y + fit_weights(self.bias.reshape(shape), x).astype(work)
         return y.astype(canonicalize_dtype(like, self.scale, self.bias, dtype=self.dtype))

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from nnx.core import Module, ShapeError
@@ -96,14 +97,18 @@ class RotaryEmbedding(Module):
         base = self.base
         if self.scaling == "ntk":
             base = base * self.scaling_factor ** (self.rotary_dim / (self.rotary_dim - 2))
-        speeds = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
+        speeds = base ** -(np.arange(half) / half)  # constants, so in float64 until the last step
         if self.scaling == "linear":
             speeds = speeds / self.scaling_factor
-        angles = positions.astype(jnp.float32)[..., None, None] * speeds.reshape((1,) * (positions.ndim + 1) + (half,))
-        sin, cos = jnp.sin(angles), jnp.cos(angles)
-        first, second = jnp.split(x[..., : self.rotary_dim].astype(jnp.float32), 2, axis=-1)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-        return jnp.concatenate([turned, x[..., self.rotary_dim :]], axis=-1)
+        angles = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(
+            speeds.reshape((1,) * (positions.ndim + 1) + (half,)), jnp.float32
+        )
+        # Tables as wide as the features: what is narrower XLA computes anew for every row and head.
+        sin, cos = (jnp.concatenate([table, table], axis=-1) for table in (jnp.sin(angles), jnp.cos(angles)))
+        features = x[..., : self.rotary_dim].astype(jnp.float32)
+        across = jnp.concatenate([-features[..., half:], features[..., :half]], axis=-1)
+        turned = (features * cos + across * sin).astype(x.dtype)
+        return turned if x.shape[-1] == self.rotary_dim else jnp.concatenate([turned, x[..., self.rotary_dim :]], -1)
 
 
 def sinusoidal_positions(
@@ -134,6 +139,6 @@ def sinusoidal_positions(
     """
     if features <= 0 or features % 2:
         raise ValueError(f"sinusoidal_positions: features is a positive even number, got {features}")
-    speeds = base ** -(jnp.arange(features // 2, dtype=jnp.float32) / (features // 2))
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * speeds[None]
+    speeds = base ** -(np.arange(features // 2) / (features // 2))
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(speeds[None], jnp.float32)
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(length, features).astype(dtype)

@@ -88,7 +88,7 @@ def _at(root: Any, path: Path) -> Any:
 
 def _unit(x: jax.Array, axes: tuple[int, ...] | None, epsilon: float) -> jax.Array:
     """`x` divided by its norm over `axes`; zeros stay zeros."""
-    return x * lax.rsqrt(jnp.sum(lax.square(x), axis=axes, keepdims=True) + epsilon)
+    return x * lax.rsqrt(jnp.sum(x * x, axis=axes, keepdims=True) + epsilon)
 
 
 class WeightNorm(_WeightNorm):
