@@ -1,5 +1,9 @@
 """The planner: what it says of parameters is exact, and its command prints it for models that nothing could hold."""
 
+import re
+import shlex
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -85,3 +89,15 @@ def test_the_command_plans_a_model_of_a_trillion_parameters(capsys):
     assert "nnx-plan: module 'nnx.examples.transformer_sharded' has no attribute" in capsys.readouterr().err
     assert main(["nnx.examples"]) == 2
     assert "give the model as module:name" in capsys.readouterr().err
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "planning.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "table"), re.findall(r"```bash\nnnx-plan (.*?)\n```\n\n(.*?\n)(?=\n#|\Z)", PAGE, re.DOTALL)
+)
+def test_the_page_shows_what_the_command_prints(command, table, capsys):
+    assert main(shlex.split(command.replace("\\\n", " "))) == 0
+    assert capsys.readouterr().out == table
