@@ -20,7 +20,7 @@ Each layer of nnx is held to the same layer of flax.nnx, torch and equinox, on t
 and {drawn} layers with sizes that hypothesis draws, {examples} draws each.
 
 ```bash
-hatch run parity       # run the comparisons
+hatch run parity       # run the comparisons, at both ends of what flax and JAX offer
 hatch run parity:page  # write this page anew, from the tables of cases
 ```
 

@@ -1,27 +1,11 @@
 """All tables of cases together, and which names of nnx.layers are in none."""
 
-from tests.parity import (
-    equinox_layers,
-    flax_attention,
-    flax_conv,
-    flax_linear,
-    flax_norm,
-    flax_recurrent,
-    flax_transposed,
-    torch_conv,
-    torch_layers,
-    torch_sequences,
-)
+from tests.parity import equinox_layers, torch_conv, torch_layers, torch_sequences
 from tests.parity.cases import Case
+from tests.parity.flax_table import FLAX
 
-FLAX: list[Case] = [
-    *flax_linear.CASES,
-    *flax_conv.CASES,
-    *flax_transposed.CASES,
-    *flax_norm.CASES,
-    *flax_attention.CASES,
-    *flax_recurrent.CASES,
-]
+__all__ = ["EQUINOX", "FLAX", "IN_NO_TABLE", "TORCH"]
+
 TORCH: list[Case] = [*torch_layers.CASES, *torch_conv.CASES, *torch_sequences.CASES]
 EQUINOX: list[Case] = equinox_layers.CASES
 
