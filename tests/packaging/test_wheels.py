@@ -56,7 +56,7 @@ def test_a_wheel_states_its_license_version_and_python(part: str, wheels: Mappin
 @pytest.mark.parametrize("part", PARTS)
 def test_the_newest_heading_of_the_changelog_is_the_version(part: str, wheels: Mapping[str, Path]) -> None:
     changelog = (ROOT / "packages" / f"nnx-{part}" / "CHANGELOG.md").read_text(encoding="utf-8")
-    heading = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)
+    heading = re.search(r"^## \[(?!Unreleased)(.+?)\]", changelog, re.MULTILINE)
     assert heading is not None
     assert wheels[part].name.startswith(f"nnx_{part}-{heading.group(1)}-")
 
