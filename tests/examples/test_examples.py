@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 import nnx
-from nnx.examples import char_transformer, cli, linear_regression, parameter_surgery, scan_over_layers, vae
+from nnx.examples import (
+    char_transformer,
+    cli,
+    linear_regression,
+    parameter_surgery,
+    scan_over_layers,
+    transformer_sharded,
+    vae,
+)
 
 
 def picture(folder):
@@ -138,3 +146,17 @@ def test_checkpointing(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same, bit by bit" in done.stdout
     assert picture(tmp_path)
+
+
+def test_transformer_sharded(tmp_path, capsys):
+    losses = tmp_path / "losses.json"
+    words = ["--mesh", "data=1,tensor=1", "--recipe", "combined", "--losses", str(losses)]
+    words += ["--checkpoints", str(tmp_path / "saved"), "--save-every", "2"]
+    assert transformer_sharded.main([*words, "--steps", "2"]) == 0
+    assert transformer_sharded.main([*words, "--steps", "3"]) == 0  # goes on from the checkpoint
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3"]
+    assert list(json.loads(losses.read_text())) == ["3"]
+    for mesh, message in (("data=x", "a mesh is given as data=2"), ("data=4096", "takes 4096 devices, and there are")):
+        with pytest.raises(SystemExit):
+            transformer_sharded.main(["--mesh", mesh])
+        assert message in capsys.readouterr().err

@@ -66,9 +66,14 @@ def losses(recipe, axes):
 
 
 @needs_devices
-@pytest.mark.parametrize("axes", list(KINDS))
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[] if name == "combined" else pytest.mark.slow) for name in MESHES]
+    ("recipe", "axes"),
+    [
+        ("combined", "auto"),
+        ("combined", "explicit"),
+        *[pytest.param(name, "auto", marks=pytest.mark.slow) for name in MESHES if name != "combined"],
+        pytest.param("sequence_parallel", "explicit", marks=pytest.mark.slow),
+    ],
 )
 def test_a_recipe_gives_the_losses_of_one_device(recipe, axes):
     np.testing.assert_allclose(losses(recipe, axes), losses(None, "auto"), rtol=2e-6)

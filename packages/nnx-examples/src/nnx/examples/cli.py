@@ -17,6 +17,7 @@ EXAMPLES = (
     "char_transformer",
     "checkpointing",
     "parameter_surgery",
+    "transformer_sharded",
 )
 """From the simplest on."""
 

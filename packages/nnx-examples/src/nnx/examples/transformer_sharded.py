@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m nnx.examples.transformer_sharded",
         description="Train a transformer on scikit-learn's digits as sequences of pixels, on a mesh of devices.",
     )
-    parser.add_argument("--mesh", type=parse_mesh, help="such as data=2,fsdp=2,tensor=2 (default: data=<all devices>)")
+    parser.add_argument("--mesh", help="such as data=2,fsdp=2,tensor=2 (default: data=<all devices>)")
     parser.add_argument("--recipe", choices=list(nnx.RECIPES), default="combined", help="(default: %(default)s)")
     parser.add_argument("--axes", choices=["auto", "explicit"], default="auto", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of the whole run (default: %(default)s)")
@@ -250,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.losses.write_text(json.dumps(losses))
 
     try:
-        mesh = make_mesh(options.mesh or {"data": len(jax.devices())}, options.axes)
+        sizes = parse_mesh(options.mesh) if options.mesh else {"data": len(jax.devices())}
+        mesh = make_mesh(sizes, options.axes)
     except ValueError as error:
         parser.error(str(error))
     run(
