@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import threading
 import weakref
 
@@ -384,3 +385,123 @@ def test_cells_that_are_read_while_columns_change_hands():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+class Wide(nnx.Module):
+    def __init__(self, count=30):
+        for i in range(count):
+            setattr(self, f"w{i}", nnx.Param(jnp.zeros(())))
+
+
+class Around(nnx.Module):
+    def __init__(self, model):
+        self.model = model
+        self.own = nnx.Param(jnp.zeros(()))
+
+
+def test_an_adoption_that_is_cut_short_is_begun_anew(monkeypatch):
+    """As by Ctrl-C, which a notebook survives."""
+    import nnx.core._layout as module
+
+    model, calls, real = Wide(6), [], module.set_place
+
+    def interrupted(cell, place):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(cell, place)
+
+    total = nnx.jit(lambda m: sum(getattr(m, f"w{i}") for i in range(6)))
+    monkeypatch.setattr(module, "set_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        total(model)
+    monkeypatch.undo()
+    for i in range(6):
+        setattr(model, f"w{i}", jnp.ones(()))
+    assert total(model) == 6.0
+    assert layout_of(model).column is not None
+
+
+@pytest.mark.slow
+def test_threads_that_take_the_cells_from_one_another_lose_no_write():
+    model, stop, interval = Wide(), threading.Event(), sys.getswitchinterval()
+
+    @nnx.jit
+    def train(m):
+        for i in range(30):
+            setattr(m, f"w{i}", getattr(m, f"w{i}") + 1)
+
+    evaluate = nnx.jit(lambda w: w.model.w0 + w.own)
+
+    def serve():
+        while not stop.is_set():
+            evaluate(Around(model))
+
+    thread = threading.Thread(target=serve)
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for step in range(1, 1500):
+            train(model)
+            assert {float(getattr(model, f"w{i}")) for i in (0, 7, 29)} == {float(step)}
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
+def test_a_model_gets_its_cells_back_while_what_took_them_lives():
+    model = Wide()
+    step = nnx.jit(lambda m: setattr(m, "w0", m.w0 + 1))
+    step(model)
+    around = Around(model)
+    nnx.jit(lambda a: a.model.w0)(around)
+    assert layout_of(model).column is None
+    for _ in range(12):
+        step(model)
+    assert layout_of(model).column is not None
+    assert nnx.jit(lambda a: a.model.w0)(around) == 13.0
+
+
+def test_what_is_called_alternately_with_its_part_is_not_moved_each_time():
+    around = Around(Wide())
+    whole, part = nnx.jit(lambda a: a.model.w0 + a.own), nnx.jit(lambda m: m.w0)
+    moves, last = 0, None
+    for _ in range(60):
+        whole(around)
+        part(around.model)
+        owner = around.model.get_variable("w0")._place[0]
+        moves, last = moves + (owner is not last), owner
+    assert moves <= 60 / 4
+
+
+def test_a_new_context_at_each_call_walks_no_model(monkeypatch):
+    import nnx.core._layout as module
+
+    model, walked, real = Wide(), [], module.walk
+
+    def counting(roots, known=None):
+        graph = real(roots, known)
+        walked.append(len(graph.cells))
+        return graph
+
+    step = nnx.jit(lambda m, ctx: m.w0 + jax.random.uniform(ctx.make_rng("noise")))
+    step(model, nnx.context(noise=0))
+    monkeypatch.setattr(module, "walk", counting)
+    values = {float(step(model, nnx.context(noise=i))) for i in range(5)}
+    assert len(values) == 5
+    assert walked == [1] * 5  # each Context, once
+
+
+def test_a_context_that_the_model_holds_too():
+    class Noisy(nnx.Module):
+        def __init__(self, ctx):
+            self.ctx = ctx
+
+    ctx = nnx.context(noise=0)
+    model = Noisy(ctx)
+    draw = nnx.jit(lambda m, ctx: (m.ctx.make_rng("noise"), ctx.make_rng("noise"), m.ctx is ctx))
+    first, second, same = draw(model, ctx)
+    assert same
+    assert not np.array_equal(jax.random.key_data(first), jax.random.key_data(second))
+    assert ctx.rngs["noise"].count == 2

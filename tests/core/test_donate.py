@@ -190,3 +190,55 @@ def test_a_failing_donated_call_raises_its_own_error():
     with pytest.raises(TypeError, match="non-array argument"):
         step(leaf, object())
     assert float(leaf.w) == 1.0
+
+
+def test_many_arguments_that_are_one_module():
+    leaf = Leaf(1.0)
+    step = nnx.jit(lambda *leaves: setattr(leaves[0], "w", leaves[0].w + 1), donate_argnums=0)
+    for i in range(3):
+        step(*[leaf] * 300)
+        assert float(leaf.w) == i + 2
+
+
+def test_a_donated_module_that_keeps_a_method_of_another():
+    class Keeper(nnx.Module):
+        def __init__(self, leaf):
+            self.call = leaf.scaled
+            self.count = nnx.Param(jnp.float32(0))
+
+    leaf = Leaf(2.0)
+    keeper = Keeper(leaf)
+    step = nnx.jit(lambda leaf, keeper: setattr(keeper, "count", keeper.call(1.0, 3.0)), donate_argnums=(0, 1))
+    for _ in range(3):
+        step(leaf, keeper)
+    assert float(keeper.count) == 6.0
+
+
+def test_unused_arguments_that_are_left_out():
+    a, b = Leaf(1.0), Leaf(2.0)
+    step = nnx.jit(lambda a, b: setattr(a, "w", a.w * 2), donate_argnums=0, keep_unused=False)
+    step(a, b)
+    b.w = a.w
+    step(a, b)
+    step(a, b)
+    assert (float(a.w), float(b.w)) == (8.0, 2.0)
+
+
+def test_two_arrays_on_one_buffer():
+    a = Leaf(1.0)
+    b = a.clone()
+    b.w = jax.device_put(a.w, jax.devices()[0])
+    step = nnx.jit(lambda a, b: (setattr(a, "w", a.w + 1), setattr(b, "w", b.w + 10)), donate_argnums=(0, 1))
+    for i in range(6):
+        step(a, b)
+        assert (float(a.w), float(b.w)) == (2.0 + i, 11.0 + 10 * i)
+    for _ in range(6):  # again and again, until it is looked for at each call
+        b.w = jax.device_put(a.w, jax.devices()[0])
+        step(a, b)
+        assert float(b.w) == float(a.w) + 9
+
+
+def test_an_error_that_speaks_of_donation_is_none_of_it():
+    step = nnx.jit(lambda leaf: leaf.w.missing, donate_argnums=0)
+    with pytest.raises(AttributeError, match="missing"):
+        step(Leaf())

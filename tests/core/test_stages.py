@@ -44,7 +44,7 @@ def test_lower_of_methods_and_modules():
 
 def test_a_compiled_function_refuses_other_structures():
     compiled = nnx.jit(lambda m: m.w).lower(Leaf()).compile()
-    with pytest.raises(TypeError, match="does not match"):
+    with pytest.raises(TypeError, match="does not match the one that this function was compiled for"):
         compiled(Leaf(rate=0.25))
 
 
@@ -57,3 +57,16 @@ def test_lowering_an_abstract_module():
     model = jax.eval_shape(lambda: Model().partition()).merge()
     lowered = nnx.jit(lambda m, x: m(x)).lower(model, 1.0)
     assert lowered.compile() is not None
+
+
+def test_a_compiled_function_says_what_does_not_match():
+    compiled = nnx.jit(lambda m: m.w).lower(Leaf()).compile()
+    with pytest.raises(TypeError, match=r"Module 1 of the arguments does not match.*\n.*static `rate` 0.5 -> 0.25"):
+        compiled(Leaf(rate=0.25))
+
+
+def test_a_compiled_function_for_one_module_twice():
+    compiled = nnx.jit(lambda a, b: a.w + b.w).lower(leaf := Leaf(2.0), leaf).compile()
+    assert float(compiled(leaf, leaf)) == 4.0
+    with pytest.raises(TypeError, match="Module 2 of the arguments does not match"):
+        compiled(leaf, Leaf())

@@ -250,7 +250,8 @@ class Handle:
         self.moduledef = moduledef
 
     def __repr__(self) -> str:
-        return self.moduledef.type.__name__
+        (root,) = self.moduledef.roots
+        return self.moduledef.nodes[root].type.__name__ if root >= 0 else "a part of an argument before it"
 
 
 def handle_of(moduledef: ModuleDef[Any]) -> Handle:

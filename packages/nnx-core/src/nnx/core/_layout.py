@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from nnx.core._errors import StaticError
@@ -16,7 +17,6 @@ from nnx.core._variable import (
     check_cell_trace,
     holds_in_a_list,
     interning,
-    set_apart,
     set_keeper,
     set_place,
     unshared,
@@ -44,16 +44,19 @@ class Layout:
         column: the values of the cells, in a list that the cells themselves read and write; None while they do not.
         streams: the positions of random streams, whose values are made when they are asked for.
         blocker: the layout that has the cells in its own column, so that they cannot be in this one's.
+        missed: how often the values were gathered for that reason.
     """
 
     __slots__ = (
         "__weakref__",
+        "_cell_ids",
         "after",
         "blocker",
         "cells",
         "column",
         "handle",
         "itself",
+        "missed",
         "moduledef",
         "root",
         "statics",
@@ -78,6 +81,8 @@ class Layout:
         self.trace = traces.pop() if len(traces) == 1 else None
         self.column: list[Any] | None = None
         self.blocker: weakref.ref[Layout] | None = None
+        self.missed = 0
+        self._cell_ids: frozenset[int] | None = None
         self.streams = tuple([i for i, cell in enumerate(graph.cells) if not holds_in_a_list(type(cell))])
         self.itself = reference = weakref.ref(self)
         for instance in graph.objects:
@@ -86,14 +91,15 @@ class Layout:
                 known[:] = [item for item in known if item() is not None]
             known.append(reference)
 
-    def __del__(self) -> None:
-        if self.column is not None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.column is not None and not is_finalizing():
             self._release(None)
 
     def _adopt(self) -> list[Any] | None:
         """Move the values of the cells into a column, which a call takes as it is.
 
-        A cell can be in one column alone. Of layouts that share cells the larger has them, as it gains more.
+        A cell can be in one column alone. Of layouts that share cells the larger has them, as it gains more; but one
+        that has gathered its values again and again, while another had them, gets them after all.
 
         Returns:
             The column; None if another layout has the cells.
@@ -103,22 +109,25 @@ class Layout:
                 return self.column
             blocker = self.blocker() if self.blocker is not None else None
             if blocker is not None and blocker.column is not None:
-                return None
+                self.missed += 1
+                if self.missed * len(self.cells) < _PATIENCE * len(blocker.cells):
+                    return None
             held = [cell for cell in self.cells if holds_in_a_list(type(cell))]
             keepers = {id(cell._keeper): cell._keeper for cell in held if cell._keeper is not None}
             others = [other for other in (keeper() for keeper in keepers.values()) if other is not None]
             for other in others:
-                if other.valid and len(other.cells) > len(self.cells):
+                if other is not blocker and other.valid and len(other.cells) > len(self.cells):
                     self.blocker = other.itself
                     return None
             for other in others:
                 other._release(self)
-            self.blocker = None
-            self.column = column = [cell._value for cell in self.cells]
+            self.blocker, self.missed = None, 0
+            column = [cell._value for cell in self.cells]
             for i, cell in enumerate(self.cells):
                 if holds_in_a_list(type(cell)):
-                    set_place(cell, (column, i))
-                    set_keeper(cell, self.itself)
+                    _move(cell, (column, i), self.itself)
+            # Last, so that an adoption that was cut short is begun anew.
+            self.column = column
             return column
 
     def _release(self, other: Layout | None) -> None:
@@ -126,11 +135,19 @@ class Layout:
 
         A cell may outlive the layout, and would keep every array of the column alive.
         """
-        column, self.column = self.column, None
-        self.blocker = other.itself if other is not None else None
-        for cell in self.cells:
-            if holds_in_a_list(type(cell)) and cell._place[0] is column:
-                set_apart(cell, cell._value)
+        with interning:
+            column, self.column = self.column, None
+            self.blocker = other.itself if other is not None else None
+            for cell in self.cells:
+                if holds_in_a_list(type(cell)) and cell._place[0] is column:
+                    _move(cell, ([cell._value], 0), None)
+
+    @property
+    def cell_ids(self) -> frozenset[int]:
+        """What tells whether a cell is in it."""
+        if self._cell_ids is None:
+            self._cell_ids = frozenset(map(id, self.cells))
+        return self._cell_ids
 
     def check_trace(self, trace: TraceRef, positions: Sequence[int] | None) -> None:
         """Raise unless the cells may be written in a trace.
@@ -152,14 +169,30 @@ class Layout:
             streams: whether random streams are among them.
         """
         column = self.column
-        if column is None or streams:
+        if column is not None and not streams:
+            if positions is None:
+                column[:] = values
+            else:
+                for i, value in zip(positions, values, strict=True):
+                    column[i] = value
+        if column is None or streams or self.column is not column:  # another thread has moved the cells in between
             for i, value in zip(range(len(self.cells)) if positions is None else positions, values, strict=True):
                 self.cells[i]._value = value
-        elif positions is None:
-            column[:] = values
-        else:
-            for i, value in zip(positions, values, strict=True):
-                column[i] = value
+
+
+_PATIENCE = 8
+"""A layout may gather about as many values as this many times the cells that it would take from another."""
+
+
+def _move(cell: Cell, place: tuple[list[Any], int], keeper: weakref.ref[Layout] | None) -> None:
+    """Move a cell's value to another place; what another thread writes to the old one meanwhile comes along."""
+    old = cell._place
+    before = place[0][place[1]]
+    set_keeper(cell, keeper)
+    set_place(cell, place)
+    now = old[0][old[1]]
+    if now is not before:
+        place[0][place[1]] = now
 
 
 def values_of(layout: Layout) -> list[Any]:
@@ -203,15 +236,28 @@ def layout_after(root: Object, roots: Sequence[Object], layouts: Sequence[Layout
     key = layouts[0].token if len(layouts) == 1 else tuple([layout.token for layout in layouts])
     found = own.after.get(key, _UNKNOWN)
     if found is _UNKNOWN:
-        graph = walk_in_turn([*roots, root])[-1]
-        found = None if graph.moduledef is own.moduledef else Layout(graph)
-        if len(own.after) >= 8:
-            own.after.clear()
+        if _is_apart(root, own, layouts):
+            found = None
+        else:
+            graph = walk_in_turn([*roots, root])[-1]
+            found = None if graph.moduledef is own.moduledef else Layout(graph)
+        if len(own.after) >= _KEPT:
+            del own.after[next(iter(own.after))]
         own.after[key] = found
     return own if found is None else found
 
 
 _UNKNOWN: Any = object()
+_KEPT = 256
+
+
+def _is_apart(root: Object, own: Layout, layouts: Sequence[Layout]) -> bool:
+    """Whether a graph of one object, such as a Context made for this call alone, is seen to share nothing."""
+    if len(own.moduledef.nodes) > 1:
+        return False
+    if any(reference() is layout for reference in root._nnx.layouts for layout in layouts):
+        return False
+    return not any(id(cell) in layout.cell_ids for layout in layouts for cell in own.cells)
 
 
 def walk_in_turn(roots: Sequence[Object]) -> list[Graph]:

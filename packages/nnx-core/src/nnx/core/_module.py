@@ -133,8 +133,10 @@ class Module(Object):
                     check_cell_trace(cell, attribute_name(self, name), origin_of(self))
                 if type(value) not in leaf_types:
                     check_no_modules(value, self, name)
-                values, position = cell._place
-                values[position] = value
+                place = cell._place
+                place[0][place[1]] = value
+                if cell._place is not place:
+                    cell._value = value
             else:
                 assign(self, name, value)
 
@@ -246,7 +248,12 @@ class Module(Object):
             update_values(self, states)
 
     def clone(self) -> Self:
-        """Make an independent copy; sharing inside it is kept."""
+        """Make an independent copy; sharing inside it is kept.
+
+        The copy holds the same JAX arrays, which nobody can change. But a call that donates the one deletes those of
+        the other, as it does for every reference that it does not see; `jax.tree.map(jnp.copy, module.get_state())`
+        copies them.
+        """
         layout = layout_of(self)
         return build(layout.moduledef, [_copy_value(cell._value) for cell in layout.cells])[0][0]  # type: ignore[return-value]
 

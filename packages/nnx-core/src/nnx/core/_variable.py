@@ -169,8 +169,11 @@ class Cell:
 
     @_value.setter
     def _value(self, value: Any) -> None:
-        values, position = self._place
-        values[position] = value
+        place = self._place
+        place[0][place[1]] = value
+        while self._place is not place:  # another thread has moved the cell in between
+            place = self._place
+            place[0][place[1]] = value
 
     structural: ClassVar[bool] = False
     """Whether writing a value changes the structure (true of `Static` alone)."""
@@ -253,8 +256,10 @@ def write_cell(cell: Cell, value: Any) -> None:
     """
     if cell._trace is not current_trace():
         check_cell_trace(cell, f"{type(cell).__name__}.value")
-    values, position = cell._place
-    values[position] = value
+    place = cell._place
+    place[0][place[1]] = value
+    if cell._place is not place:
+        cell._value = value
 
 
 def check_cell_trace(cell: Cell, what: str, origin: str = "") -> None:

@@ -12,8 +12,9 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 import jax
 
 from nnx.core._errors import AttributeKindError
-from nnx.core._explain import TraceLog, warn_of_captures
-from nnx.core._layout import Layout, values_of
+from nnx.core._explain import TraceLog, definition_differences, warn_of_captures
+from nnx.core._graph import ModuleDef
+from nnx.core._layout import Layout, values_of, walk_in_turn
 from nnx.core._object import Object
 from nnx.core._tracing import is_eager
 from nnx.core.transforms._callable import lift_callable
@@ -88,6 +89,10 @@ def _trace(
     return traced, log
 
 
+_OFTEN = 4
+"""After so many donated calls with one array in two places it is looked for at every call."""
+
+
 class _NotTracedError(Exception):
     """JAX calls functions as they are (`jax.disable_jit`), and so shall we call the user's."""
 
@@ -127,9 +132,12 @@ class JitWrapped(Generic[P, R]):
         self._at_top = not static and options.get("in_shardings") is None
         self._direct = self._at_top
         self._apart = []
+        self._given_twice = 0
         self._were_apart: set[frozenset[object]] = set()
+        # An argument that JAX leaves out as unused may hold an array that another one gives away, unseen.
+        self._prunes = options.get("keep_unused") is False
         if self._donates and options.get("keep_unused") is None:
-            options["keep_unused"] = True  # so that JAX sees every array that would be given away and kept as well
+            options["keep_unused"] = True
         if options.get("in_shardings") is not None:
             options["in_shardings"] = _in_shardings(options["in_shardings"], shift)
         if options.get("out_shardings") is not None:
@@ -172,8 +180,7 @@ class JitWrapped(Generic[P, R]):
                 given.append(arg)
         named: Any = kwargs and _enter_named(kwargs, roots, layouts)
         if self._donates and [layout.token for layout in layouts] != self._apart:
-            self._separate(args, kwargs, layouts)
-            return self(*args, **kwargs)
+            given, named = self._separated(args, kwargs, roots, layouts)
         try:
             out, report = self._jitted(*given, **named)
         except Exception as error:
@@ -188,25 +195,37 @@ class JitWrapped(Generic[P, R]):
                 columns = [layouts[number].column for number in report.whole]
                 if None not in columns:
                     i = 0  # `zip` and `enumerate` take longer to begin than the whole loop
-                    for column in columns:
-                        column[:] = values[i]  # type: ignore[index]
+                    for number in report.whole:
+                        own: Any = columns[i]
+                        own[:] = values[i]
+                        if layouts[number].column is not own:  # another thread has moved the cells in between
+                            layouts[number].write(None, values[i], streams=False)
                         i += 1  # noqa: SIM113
                     return out  # type: ignore[no-any-return]
             return report.finish(roots, layouts, out, values)  # type: ignore[no-any-return]
         return again()  # type: ignore[no-any-return]
 
-    def _separate(self, args: tuple[Any, ...], kwargs: dict[str, Any], layouts: Sequence[Layout]) -> None:
-        """See to it that no array of these graphs is in two places, the first time that they are in a donated call.
+    def _separated(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], roots: list[Object], layouts: list[Layout]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """See to it that no array is in two places, and give the arguments as JAX takes them.
 
-        What a call writes is apart by itself. Where a write since then has put one array in two places, JAX finds it.
+        For one set of graphs that is done once: what a call writes is apart by itself, and where a write since then
+        has put one array in two places, JAX finds it.
         """
-        self._apart = [layout.token for layout in layouts]
-        tokens = frozenset(self._apart)
-        if tokens not in self._were_apart:
+        tokens = frozenset([layout.token for layout in layouts])
+        if self._prunes or tokens not in self._were_apart:
             separate(self._bound + args, kwargs, self._donated, self._donated_names)
             if len(self._were_apart) > 64:
                 self._were_apart.clear()
             self._were_apart.add(tokens)
+        roots.clear()
+        layouts.clear()
+        given = [enter(arg, roots, layouts) if isinstance(arg, Object) else arg for arg in (*self._bound, *args)]
+        named = _enter_named(kwargs, roots, layouts)
+        if not self._prunes:
+            self._apart = [layout.token for layout in layouts]
+        return given, named
 
     def _instead(
         self,
@@ -223,23 +242,54 @@ class JitWrapped(Generic[P, R]):
             self._at_top = self._direct = False
             return functools.partial(self._call_elsewise, args, kwargs)
         if self._donates and _is_given_twice(error):
-            self._direct = False  # it will be so again
-            return functools.partial(self._call_elsewise, args, kwargs)
+            self._given_twice += 1
+            self._direct = self._direct and self._given_twice < _OFTEN
+            return functools.partial(self._call_elsewise, args, kwargs, by_buffer=True)
         explain(roots, layouts, error)
         return None
 
-    def _call_elsewise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_elsewise(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_buffer: bool = False) -> Any:
         """Call with arguments that hold Modules, with static ones, or with arrays that are in two places."""
+        by_buffer = by_buffer or self._given_twice >= _OFTEN
+        if by_buffer:
+            separate(self._bound + args, kwargs, self._donated, self._donated_names, by_buffer=True)
         try:
             return self.run(self._jitted, args, kwargs, at_top=self._at_top)
         except _NotTracedError:
-            return self._function(*self._bound, *args, **kwargs)
+            pass
+        except Exception as error:
+            if by_buffer or not self._donates or not _is_given_twice(error):
+                raise
+            self._given_twice += 1
+            by_buffer = True
+        if by_buffer:
+            return self._call_elsewise(args, kwargs, by_buffer=True)
+        return self._function(*self._bound, *args, **kwargs)
 
-    def run(
-        self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_top: bool, static: bool = True
-    ) -> Any:
+    def run(self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_top: bool) -> Any:
         """Call a compiled function with Modules, and write back what it changed."""
-        roots, layouts, (out, report) = self.give(jitted, args, kwargs, at_top=at_top, static=static)
+        return self._finished(self.give(jitted, args, kwargs, at_top=at_top))
+
+    def run_ahead(
+        self,
+        compiled: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        at_top: bool,
+        definitions: Sequence[ModuleDef[Any]],
+    ) -> Any:
+        """Call what was compiled ahead of time, for Modules of these definitions, without the static arguments."""
+        try:
+            given = self.give(compiled, args, kwargs, at_top=at_top, static=False)
+        except TypeError:
+            roots = [leaf for leaf in jax.tree.leaves((args, kwargs), is_leaf=is_object) if isinstance(leaf, Object)]
+            refuse_others(definitions, [graph.moduledef for graph in walk_in_turn([*self._bound, *roots])])
+            raise
+        return self._finished(given)
+
+    def _finished(self, given: tuple[Sequence[Object], Sequence[Layout], Any]) -> Any:
+        roots, layouts, (out, report) = given
         if report is None:
             return out
         ((report, values),) = report.items()
@@ -289,10 +339,11 @@ class JitWrapped(Generic[P, R]):
                 raise
         return *frame.known(), result
 
-    def _staged(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
-        """A stage of JAX's, and whether it takes Modules as arguments themselves."""
+    def _staged(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool, list[Any]]:
+        """A stage of JAX's, whether it takes Modules as arguments themselves, and their definitions."""
         at_top = self._at_top and not _hold_objects((*args, *kwargs.values()))
-        return self.give(getattr(self._jitted, what), args, kwargs, at_top=at_top)[2], at_top
+        _, layouts, stage = self.give(getattr(self._jitted, what), args, kwargs, at_top=at_top)
+        return stage, at_top, [layout.moduledef for layout in layouts]
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> JitWrapped[P, R]: ...
@@ -379,10 +430,24 @@ def _hold_objects(args: Iterable[Any]) -> bool:
     )
 
 
+def refuse_others(expected: Sequence[ModuleDef[Any]], given: Sequence[ModuleDef[Any]]) -> None:
+    """Raise if Modules are of other definitions than a function was compiled for."""
+    if len(expected) != len(given):
+        raise TypeError(f"this function was compiled for {len(expected)} Modules, and got {len(given)}")
+    for number, (old, new) in enumerate(zip(expected, given, strict=True)):
+        if old is not new:
+            lines = "\n  ".join(definition_differences(old, new))
+            raise TypeError(
+                f"Module {number + 1} of the arguments does not match the one that this function was compiled for:\n"
+                f"  {lines}\n"
+                "What is compiled ahead of time takes one structure. Compile it for this one too, or call the "
+                "function that was lowered"
+            )
+
+
 def _is_given_twice(error: Exception) -> bool:
     """Whether JAX has refused to give an array away that is elsewhere in the call as well."""
-    text = str(error)
-    return "INVALID_ARGUMENT" in text and "donate" in text
+    return "donate(a)" in str(error)
 
 
 def _in_shardings(given: Any, shift: int) -> Any:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 __all__ = ["Compiled", "Lowered", "Traced"]
 
+S = TypeVar("S", bound="_Stage")
+
 
 class _Wrapped(Protocol):
-    def run(self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_top: bool, static: bool) -> Any: ...
+    def run_ahead(
+        self, compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_top: bool, definitions: Sequence[Any]
+    ) -> Any: ...
 
 
 class _Stage:
     """A stage of ahead-of-time compilation: JAX's own, and what it takes to call the result with Modules."""
 
-    def __init__(self, wrapped: _Wrapped, stage: Any, at_top: bool, bound: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self, wrapped: _Wrapped, stage: Any, at_top: bool, definitions: Sequence[Any], bound: tuple[Any, ...] = ()
+    ) -> None:
         self._wrapped = wrapped
         self._stage = stage
         self._at_top = at_top
+        self._definitions = definitions
         self._bound_to = bound
+
+    def _next(self, kind: type[S], stage: Any) -> S:
+        return kind(self._wrapped, stage, self._at_top, self._definitions, self._bound_to)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
@@ -29,7 +40,7 @@ class Traced(_Stage):
 
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Lower."""
-        return Lowered(self._wrapped, self._stage.lower(*args, **kwargs), self._at_top, self._bound_to)
+        return self._next(Lowered, self._stage.lower(*args, **kwargs))
 
 
 class Lowered(_Stage):
@@ -37,7 +48,7 @@ class Lowered(_Stage):
 
     def compile(self, *args: Any, **kwargs: Any) -> Compiled:
         """Compile."""
-        return Compiled(self._wrapped, self._stage.compile(*args, **kwargs), self._at_top, self._bound_to)
+        return self._next(Compiled, self._stage.compile(*args, **kwargs))
 
 
 class Compiled(_Stage):
@@ -52,4 +63,6 @@ class Compiled(_Stage):
         Raises:
             TypeError: the structure or the shapes are others than those it was compiled for.
         """
-        return self._wrapped.run(self._stage, self._bound_to + args, kwargs, at_top=self._at_top, static=False)
+        return self._wrapped.run_ahead(
+            self._stage, self._bound_to + args, kwargs, at_top=self._at_top, definitions=self._definitions
+        )
