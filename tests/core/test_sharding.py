@@ -126,6 +126,16 @@ def test_names_follow_gradients_and_optimizer_states(block):
     assert found.step == P()
 
 
+def test_names_follow_averages_and_accumulated_gradients(block):
+    average = nnx.get_partition_spec(nnx.EMA(block, 0.99), RULES)
+    assert average["average/w"].value == P("data", "model")
+    assert average["weight"].value == P()
+    optimizer = nnx.Optimizer(block, optax.MultiSteps(optax.sgd(1e-3), 2))
+    found = nnx.get_partition_spec(optimizer, RULES)
+    assert found["opt_state/acc_grads/w"].value == P("data", "model")
+    assert found["opt_state/mini_step"].value == P()
+
+
 def test_an_optimizer_state_of_other_shapes_is_whole(block):
     tx = optax.adafactor(1e-3, min_dim_size_to_factor=4)
     found = nnx.get_partition_spec(nnx.TrainState.from_module(block, tx), RULES)

@@ -96,8 +96,11 @@ class EMA(Module):
         self.step, self.weight = step, weight
         self.average = nested(
             [
-                (slot[1:], EMAState(jax.tree.map(_first, value)))
-                for slot, value in zip(self._slots, params.raw_values, strict=True)
+                # An average is split over a mesh as its parameter is.
+                (slot[1:], EMAState(jax.tree.map(_first, value), sharding=metadata.get("sharding")))
+                for slot, value, (_, _, metadata) in zip(
+                    self._slots, params.raw_values, params.schema.entries, strict=True
+                )
             ]
         )
 
