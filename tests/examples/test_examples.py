@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,15 @@ def test_the_list(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(cli.EXAMPLES)
     assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_each_is_in_the_gallery():
+    root = Path(__file__).parent.parent.parent
+    page = (root / "docs" / "examples.md").read_text(encoding="utf-8")
+    for name in cli.EXAMPLES:
+        assert f"\n## {name}\n" in page
+    for picture in (root / "docs" / "pictures" / "examples").glob("*.png"):
+        assert f"](pictures/examples/{picture.name})" in page
 
 
 def test_an_unknown_example(capsys):

@@ -18,7 +18,7 @@ FLAX: list[Case] = [
 
 
 def why_not(case: Case) -> str | None:
-    """Why this flax cannot be compared in a case, if so: the newest that Python 3.11 can have lacks what later ones do."""
+    """Why this flax cannot be compared in a case, if so: the newest for Python 3.11 lacks what later ones have."""
     if (case.layer == "RotaryEmbedding" or case.note == "rotary") and not hasattr(flax_nnx, "RoPE"):
         return "this flax has no RoPE"
     if case.layer == "WeightNorm" and case.options.get("use_scale", True) and not _scales_are_params():

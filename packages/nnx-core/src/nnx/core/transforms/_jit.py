@@ -530,8 +530,9 @@ def jit(
 
     Args:
         f: the function; a Module or a bound method of one is lifted together with that Module. Without it, a decorator.
-        in_shardings: as for `jax.jit`.
-        out_shardings: as for `jax.jit`.
+        in_shardings: as for `jax.jit`; an argument that is or holds a Module takes one sharding for all its arrays, or
+            None for those that they have.
+        out_shardings: as for `jax.jit`, for what is returned besides Modules.
         static_argnums: as for `jax.jit`.
         static_argnames: as for `jax.jit`.
         donate_argnums: arguments whose buffers may be reused. A donated Module stays usable: it gets new arrays.
