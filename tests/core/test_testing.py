@@ -126,6 +126,33 @@ def test_the_memory_of_a_gradient_step_is_that_of_one_by_hand():
     assert_memory(ours, like=jax.jit(by_hand).lower(model.w, model.count, x).compile())
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_memory_of_a_stack_is_that_of_a_scan_by_hand(remat):
+    class Block(nnx.Module):
+        def __init__(self, *, ctx):
+            self.w = nnx.Param(jax.random.normal(ctx.make_rng("params"), (64, 64)))
+            self.seen = nnx.BatchStat(jnp.float32(0))
+
+        def __call__(self, x):
+            self.seen += x.mean()
+            return jnp.sin(jnp.tanh(x @ self.w))
+
+    def by_hand(weights, seen, x):
+        def block(x, layer):
+            w, seen = layer
+            return jnp.sin(jnp.tanh(x @ w)), seen + x.mean()
+
+        if remat:
+            block = jax.checkpoint(block, prevent_cse=False)
+        out, seen = jax.lax.scan(block, x, (weights, seen))
+        return out.sum(), seen
+
+    stack, x = nnx.Stack(Block, 8, remat=remat)(ctx=nnx.context(0)), jnp.ones((256, 64))
+    ours = nnx.jit(nnx.grad(lambda stack, x: stack(x).sum())).lower(stack, x).compile()
+    raw = jax.jit(jax.grad(by_hand, has_aux=True)).lower(stack.layers.w, stack.layers.seen, x).compile()
+    assert_memory(ours, like=raw, tolerance=0.03)
+
+
 def test_assert_traces_counts_jit_itself():
     step = nnx.jit(lambda model, x: model.w * x)
     with assert_traces(step, 2):
