@@ -291,3 +291,28 @@ def test_pair(outer, inner):
     raw(jnp.float32(1.5), x)
     if "shard_map" not in (outer, inner):  # whose outputs are of another sharding than what first went in
         assert ran["ours"] - first["ours"] <= ran["raw"] - first["raw"]
+
+
+@pytest.mark.parametrize("inner", TABLE)
+def test_looking_at_each(inner):
+    our_inner, raw_inner, _, _ = TABLE[inner]
+    x = jnp.float32(0.5)
+    ran = {"ours": 0, "raw": 0}
+
+    def counted_body(model, ctx, x):
+        ran["ours"] += 1
+        return body(model, ctx, x)
+
+    def counted_plain(w, x):
+        ran["raw"] += 1
+        return plain(w, x)
+
+    model, ctx = Model(), nnx.context(noise=0)
+    ours, raw = our_inner(counted_body), raw_inner(counted_plain)
+    assert nnx.eval_shape(ours, model, ctx, x) == jax.eval_shape(raw, jnp.float32(1.5), x)
+    assert ran["ours"] <= ran["raw"]
+    jaxpr, shape = nnx.make_jaxpr(our_inner(counted_body), return_shape=True)(model, ctx, x)
+    assert (shape.shape, shape.dtype) == (jaxpr.out_avals[0].shape, jaxpr.out_avals[0].dtype)
+    # Nothing has happened.
+    assert (int(model.count), float(model.noise), int(ctx.rngs["noise"].count)) == (0, 0.0, 0)
+    assert model.a is model.b
