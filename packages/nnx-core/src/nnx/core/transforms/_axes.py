@@ -232,7 +232,10 @@ def common_size(what: str, sizes: Sequence[tuple[str, Any, int]], given: int | N
             f"{what} got axes of different sizes: {size} ({name}) and {other} ({other_name}). {_REMEDY}"
         )
     if not found:
-        raise StructureError(f"{what} maps over nothing: no argument and no Variable has an axis, so give the size")
+        raise StructureError(
+            f"{what} maps over nothing: no argument and no Variable has an axis, so give the size (`length=` of a scan, "
+            "`axis_size=` of a vmap), or an axis to one of them by in_axes or variable_axes"
+        )
     return next(iter(found))
 
 
