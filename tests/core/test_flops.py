@@ -8,7 +8,7 @@ from nnx.core._flops import TOTAL, count_flops, scope
 
 
 def flops(function, *args):
-    return count_flops(jax.make_jaxpr(function)(*args))[TOTAL]
+    return count_flops(jax.make_jaxpr(function)(*args)).flops[TOTAL]
 
 
 A, B = jnp.ones((3, 4)), jnp.ones((4, 5))
@@ -50,15 +50,16 @@ def test_scopes_count_for_all_around_them():
     inner = jax.jit(lambda a: a @ a)
 
     def function(a):
-        with scope(0):
+        with scope(0, 0):
             a = a + 1
-            with scope(1):
+            with scope(1, 1):
                 a, _ = jax.lax.scan(lambda carry, _: (inner(carry), None), a, length=2)
-        with scope(1):
+        with scope(1, 2):
             return jnp.exp(a)
 
     found = count_flops(jax.make_jaxpr(function)(jnp.ones((4, 4))))
-    assert found == {TOTAL: 16 + 256 + 16, 0: 16 + 256, 1: 256 + 16}
+    assert found.flops == {TOTAL: 16 + 256 + 16, 0: 16 + 256, 1: 256 + 16}
+    assert found.calls == {0: {0}, 1: {1, 2}}
 
 
 def test_it_agrees_with_xla():

@@ -179,6 +179,34 @@ def jitted(module, x):
     return module(x)
 
 
+def test_it_counts_for_no_max_traces():
+    once = nnx.jit(lambda module, x: module(x), max_traces=1)
+
+    class Outer(nnx.Module):
+        def __init__(self):
+            self.inner = Linear(4, 4, ctx=nnx.context(0))
+
+        def __call__(self, x):
+            return once(self.inner, x)
+
+    model = Outer()
+    for _ in range(2):
+        assert rows(nnx.tabulate(model, X))["inner"].calls == 1
+        assert model(jnp.ones(X.shape)).shape == X.shape
+
+
+def test_a_body_that_jax_traces_twice_is_called_once():
+    class Loop(nnx.Module):
+        def __init__(self):
+            self.cell = Linear(4, 4, ctx=nnx.context(0))
+
+        def __call__(self, x):
+            return nnx.fori_loop(0, 3, lambda _, val: (val[0], val[0](val[1])), (self.cell, x))[1]
+
+    cell = rows(nnx.tabulate(Loop(), X))["cell"]
+    assert (cell.calls, cell.flops) == (1, 3 * 2 * 10 * 4 * 4)
+
+
 def test_a_module_that_calls_itself():
     class Halving(nnx.Module):
         def __init__(self):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from nnx.core._object import Object
 from nnx.core._state import Path, path_text
 from nnx.core._variable import Buffer
 
-__all__ = ["CaptureWarning", "RetraceWarning", "TraceLog", "explain_retraces", "warn_of_captures"]
+__all__ = ["CaptureWarning", "RetraceWarning", "TraceLog", "explain_retraces", "unnoted", "warn_of_captures"]
 
 logger = logging.getLogger("nnx")
 
@@ -72,6 +73,20 @@ class Signature(NamedTuple):
     statics: dict[str, str]
 
 
+_quiet = threading.local()
+
+
+@contextlib.contextmanager
+def unnoted() -> Iterator[None]:
+    """What this thread traces inside compiles nothing, and so counts for no `max_traces` and explains no retrace."""
+    before = getattr(_quiet, "on", False)
+    _quiet.on = True
+    try:
+        yield
+    finally:
+        _quiet.on = before
+
+
 class TraceLog:
     """The signatures that one function was traced for."""
 
@@ -95,6 +110,8 @@ class TraceLog:
         Raises:
             RetraceError: there are more than `max_traces`.
         """
+        if getattr(_quiet, "on", False):
+            return Signature({}, {}, {})
         signature = self._signature(args, kwargs)
         if self.signatures:
             nearest = min((differences(old, signature) for old in self.signatures), key=_distance)

@@ -6,17 +6,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["TOTAL", "count_flops", "scope"]
+__all__ = ["TOTAL", "Counted", "count_flops", "scope"]
 
 TOTAL = -1
 """The key of the whole computation among those of its scopes."""
 
-_SCOPE = re.compile(r"nnx-row-(\d+)")
+_SCOPE = re.compile(r"nnx-row-(\d+)-(\d+)")
 
 # fmt: off
 # One operation for each element of the output.
@@ -35,12 +35,19 @@ _REDUCING = frozenset({
 # fmt: on
 
 
-def scope(number: int) -> Any:
-    """A context manager: what is traced inside counts for this number too."""
-    return jax.named_scope(f"nnx-row-{number}")
+class Counted(NamedTuple):
+    """What a jaxpr does: operations by scope, the whole under `TOTAL`, and which calls of a scope are in it."""
+
+    flops: Counter[int]
+    calls: dict[int, set[int]]
 
 
-def count_flops(jaxpr: Any) -> Counter[int]:
+def scope(number: int, call: int) -> Any:
+    """A context manager: what is traced inside counts for this number too, as the call of that number."""
+    return jax.named_scope(f"nnx-row-{number}-{call}")
+
+
+def count_flops(jaxpr: Any) -> Counted:
     """Count the floating-point operations of a jaxpr.
 
     A multiplication with an addition counts two, any other arithmetic one for each element, data movement nothing. The
@@ -53,20 +60,24 @@ def count_flops(jaxpr: Any) -> Counter[int]:
     Returns:
         The count for each `scope`, and for the whole under `TOTAL`.
     """
-    return _count(getattr(jaxpr, "jaxpr", jaxpr), frozenset((TOTAL,)))
+    calls: dict[int, set[int]] = {}
+    return Counted(_count(getattr(jaxpr, "jaxpr", jaxpr), frozenset((TOTAL,)), calls), calls)
 
 
-def _count(jaxpr: Any, outer: frozenset[int]) -> Counter[int]:
+def _count(jaxpr: Any, outer: frozenset[int], calls: dict[int, set[int]]) -> Counter[int]:
     total: Counter[int] = Counter()
     for eqn in jaxpr.eqns:
         # The names of a jaxpr inside of another start anew, so those around it are handed in.
-        owners = outer.union(map(int, _SCOPE.findall(str(eqn.source_info.name_stack))))
+        scopes = [(int(number), int(call)) for number, call in _SCOPE.findall(str(eqn.source_info.name_stack))]
+        for number, call in scopes:
+            calls.setdefault(number, set()).add(call)
+        owners = outer.union(number for number, _ in scopes)
         own = _own(eqn)
         if own is not None:
             for owner in owners:
                 total[owner] += own
             continue
-        inside = [_count(inner, owners) for inner in _inner(eqn.params)]
+        inside = [_count(inner, owners, calls) for inner in _inner(eqn.params)]
         if eqn.primitive.name == "cond" and inside:
             inside = [max(inside, key=lambda branch: branch[TOTAL])]
         times = _times(eqn)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx.core._errors import StructureError
+from nnx.core._explain import unnoted
 from nnx.core._filters import FilterLike
 from nnx.core._flops import TOTAL, count_flops, scope
 from nnx.core._graph import CELL, OBJECT, Graph, walk
@@ -41,7 +42,7 @@ class SummaryRow:
         shared_with: where it was seen first; None for what is in one place. It counts nothing then.
         value: for data its shape and dtype, for a Module what its first call returned, both with
             `jax.ShapeDtypeStruct` in the place of arrays; None for a Module that was not called.
-        calls: how often the Module was called, in the trace: a scan calls its body once.
+        calls: how often the Module is called in the trace, where a scan calls its body once.
         parameters: the numbers in its Params, those of its submodules included.
         bytes: the memory of all its data, in bytes, that of its submodules included.
         flops: floating-point operations of its calls; None where nothing was called.
@@ -225,6 +226,7 @@ class _Recorder:
         self.calls: dict[int, int] = {}
         self.outputs: dict[int, Any] = {}
         self.flops: dict[int, int] = {}
+        self.count = itertools.count()
 
     def mark(self, model: Module) -> None:
         """Number the Modules, which are copies made for this trace.
@@ -242,7 +244,7 @@ class _Recorder:
         if token != self.token:
             return function(*args, **kwargs)
         try:
-            with scope(number):
+            with scope(number, next(self.count)):
                 out = function(*args, **kwargs)
         except Exception as error:
             notes = getattr(error, "__notes__", ())
@@ -283,9 +285,12 @@ def _trace(model: Any, graph: Graph, args: Any, kwargs: Any) -> _Recorder:
     lifted, _ = lift_callable(function, "nnx.tabulate")
     call = Call((owner, *args), kwargs)
     operands = Operands(call, "arrays")
-    with _watching({type(item) for item in graph.objects if isinstance(item, Module)}, recorder):
+    with unnoted(), _watching({type(item) for item in graph.objects if isinstance(item, Module)}, recorder):
         closed = jax.make_jaxpr(lambda dynamic: call.run(lifted, operands.leaves(dynamic)))(operands.dynamic)
-    recorder.flops = count_flops(closed)
+    counted = count_flops(closed)
+    recorder.flops = counted.flops
+    # JAX traces some bodies twice and keeps the second: what left no trace in the jaxpr did not happen.
+    recorder.calls |= {number: len(found) for number, found in counted.calls.items()}
     return recorder
 
 
