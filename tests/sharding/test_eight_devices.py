@@ -407,3 +407,35 @@ def test_the_plan_of_a_step_is_what_is_compiled(recipe):
     assert 0 <= memory.argument_size_in_bytes - planned.state < 4096
     ratio = planned.total / (memory.argument_size_in_bytes + memory.temp_size_in_bytes)
     assert 0.75 < ratio < 1.2, ratio
+
+
+LAYERS = {
+    "rnn": lambda ctx: nnx.RNN(nnx.OptimizedLSTMCell(16, 16, ctx=ctx)),
+    "attention": lambda ctx: nnx.MultiHeadAttention(4, 16, num_kv_heads=2, normalize_qk=True, rotary=True, ctx=ctx),
+    "transposed": lambda ctx: nnx.ConvTranspose(16, 8, (3,), ctx=ctx),
+    "group_norm": lambda ctx: nnx.GroupNorm(16, num_groups=4, ctx=ctx),
+    "weight_norm": lambda ctx: nnx.WeightNorm(nnx.Linear(16, 8, ctx=ctx), ctx=ctx),
+    "lora": lambda ctx: nnx.LoRALinear(16, 8, lora_rank=2, ctx=ctx),
+}
+
+
+@needs_devices
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_other_layers_on_explicit_axes(name):
+    mesh = make_mesh(MESHES["combined"], "explicit")
+    rules = nnx.sharding_rules("combined", mesh)
+    x = np.random.default_rng(0).normal(size=(8, 6, 16)).astype(np.float32)
+
+    @nnx.jit
+    def run(model, x):
+        grads = nnx.grad(lambda model, x: (model(x) ** 2).sum())(model, x)
+        return model(x), grads
+
+    expected, expected_grads = run(LAYERS[name](nnx.context(0)), x)
+    model = nnx.sharded_init(lambda: LAYERS[name](nnx.context(0)), mesh, rules)
+    with jax.set_mesh(mesh):
+        y, grads = run(model, jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp")))))
+    np.testing.assert_allclose(y, expected, rtol=2e-5, atol=1e-5)
+    for found, wanted in zip(grads.raw_values, expected_grads.raw_values, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-4)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-__all__ = ["fit_weights", "is_explicit", "like", "product", "rows", "spec_of", "whole"]
+__all__ = ["fit_weights", "is_explicit", "lead", "like", "product", "rows", "spec_of", "whole"]
 
 
 def is_explicit(x: Any) -> bool:
@@ -66,6 +66,14 @@ def fit_weights(weights: jax.Array, x: jax.Array) -> jax.Array:
 def like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x` split as `other`, an array of the same shape."""
     return _moved(x, spec_of(other)) if is_explicit(other) else x
+
+
+def lead(x: jax.Array, other: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """`x` with its first axes split as `axes` of `other`, and the rest whole."""
+    if not is_explicit(other):
+        return x
+    first = [spec_of(other)[axis] for axis in axes]
+    return _moved(x, [*first, *[None] * (x.ndim - len(first))])
 
 
 def whole(weights: jax.Array) -> jax.Array:

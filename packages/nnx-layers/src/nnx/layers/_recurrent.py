@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nnx.core import Context, Module, ModuleDef, ShapeError, State
+from nnx.layers._explicit import lead
 from nnx.layers._recurrent_cells import Carry
 
 __all__ = ["RNN", "Bidirectional"]
@@ -117,7 +118,10 @@ class RNN(Module):
             valid = self._valid(jnp.asarray(seq_lengths), x.shape[0], x.shape[1 : x.ndim - features])
             x = _where(valid, x, 0)
 
-        carry = cell.initialize_carry(x.shape[1:], ctx) if initial_carry is None else initial_carry
+        carry = initial_carry
+        if carry is None:
+            batch = range(1, x.ndim - features)
+            carry = jax.tree.map(lambda leaf: lead(leaf, x, batch), cell.initialize_carry(x.shape[1:], ctx))
         state, definition = cell.partition()
         carry, outputs = _scan(definition, state, carry, x, valid, reverse, self.unroll)
         if valid is not None:
