@@ -89,6 +89,15 @@ def test_a_full_cache_is_an_error(x):
     error, _ = nnx.jit(nnx.checkify(lambda layer, x: layer(x, decode=True)))(layer, x[:, :2])
     with pytest.raises(checkify.JaxRuntimeError, match="room for 4 tokens in each row, and a row would get 5"):
         error.throw()
+    step = nnx.jit(lambda layer, x: layer(x, decode=True))
+    nnx.reset_cache(layer)
+    step(layer, x[:, :3])
+    nnx.reset_cache(layer)
+    layer(x[:, :2], decode=True)
+    # What was compiled without checks is compiled again with them.
+    error, _ = nnx.checkify(step)(layer, x[:, :3])
+    with pytest.raises(checkify.JaxRuntimeError, match="room for 4 tokens in each row, and a row would get 5"):
+        error.throw()
     # Without checks no row gets a wrong answer: that without room gets none, and the others get theirs.
     layer = make()
     nnx.init_cache(layer, 3, 4)
@@ -197,3 +206,9 @@ def test_decode_by_the_constructor(x):
     assert layer.cache_index.tolist() == [LENGTH] * 3
     np.testing.assert_allclose(out, layer(x, decode=False), rtol=2e-4, atol=2e-5)
     assert jax.tree.leaves(layer.filter(nnx.Cache))
+
+
+def test_a_step_of_decoding_has_no_effects_that_would_slow_its_calls(x):
+    layer = make()
+    nnx.init_cache(layer, 3, 4)
+    assert not nnx.make_jaxpr(lambda layer, x: layer(x, decode=True))(layer, x[:, :1]).effects

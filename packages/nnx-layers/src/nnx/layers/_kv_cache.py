@@ -10,6 +10,7 @@ from jax.experimental import checkify
 from jax.typing import DTypeLike
 
 from nnx.core import Cache, Module, ShapeError
+from nnx.core.transforms._abstract import is_checked
 
 __all__ = ["CacheFullError", "append", "init_cache", "new_cache", "reorder_cache", "reset_cache"]
 
@@ -76,9 +77,8 @@ def append(
             raise CacheFullError(
                 f"{message} {int(end[row])} (row {row}). Make it larger, init_cache(max_length=...), or reset_cache"
             )
-    else:
-        # Does something only where the caller has asked for checks, by nnx.checkify.
-        checkify.debug_check(jnp.logical_not(full.any()), message + " {end}", end=end.max())
+    elif is_checked():
+        checkify.check(jnp.logical_not(full.any()), message + " {end}", end=end.max())
     positions = index[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     rows = jnp.broadcast_to(jnp.arange(batch)[:, None], positions.shape)
     # What has no room, and what does not count, is written nowhere.

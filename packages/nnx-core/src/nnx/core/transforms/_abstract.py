@@ -19,9 +19,20 @@ from nnx.core.transforms._staging import Operands, is_number
 
 __all__ = ["checkify", "eval_shape", "make_jaxpr"]
 
+# Part of the key under which JAX keeps what it has compiled: under checkify a function is traced anew, with its checks.
+_checking = jax.make_user_context(False)
+
 M = TypeVar("M", bound=Object)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def is_checked() -> bool:
+    """Whether `nnx.checkify` asks for checks here.
+
+    A check is an effect, and JAX calls what has an effect by a slow path, checked or not: some 200 us instead of 20.
+    """
+    return bool(_checking.value)
 
 
 @overload
@@ -147,7 +158,8 @@ def checkify(f: Callable[P, R], errors: Any = jax_checkify.user_checks) -> Calla
         def body(dynamic: Any) -> Any:
             return call.run(function, operands.leaves(dynamic))
 
-        error, (out, values, outcome) = jax_checkify.checkify(body, errors=errors)(operands.dynamic)
+        with _checking(True):
+            error, (out, values, outcome) = jax_checkify.checkify(body, errors=errors)(operands.dynamic)
         return error, finish(call.frame, out, values, outcome)
 
     return wrapper
