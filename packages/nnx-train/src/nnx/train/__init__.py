@@ -18,7 +18,14 @@ from nnx.train._plan import Plan, Sizes, plan, recipe_mesh, sizes_of
 from nnx.train._precision import Precision
 from nnx.train._recipes import RECIPES, sharding_rules
 from nnx.train._train_state import TrainState
-from nnx.train.interop import TorchReport, load_safetensors, load_torch_state_dict, save_safetensors
+from nnx.train.interop import (
+    TorchReport,
+    load_flax_state,
+    load_safetensors,
+    load_torch_state_dict,
+    save_safetensors,
+    to_flax_state,
+)
 
 __all__ = [
     "Accuracy",
@@ -63,6 +70,7 @@ __all__ = [
     "Welford",
     "all_finite",
     "fit",
+    "load_flax_state",
     "load_safetensors",
     "load_torch_state_dict",
     "plan",
@@ -70,4 +78,5 @@ __all__ = [
     "save_safetensors",
     "sharding_rules",
     "sizes_of",
+    "to_flax_state",
 ]
