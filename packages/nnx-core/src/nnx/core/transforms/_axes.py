@@ -233,8 +233,8 @@ def common_size(what: str, sizes: Sequence[tuple[str, Any, int]], given: int | N
         )
     if not found:
         raise StructureError(
-            f"{what} maps over nothing: no argument and no Variable has an axis, so give the size (`length=` of a scan, "
-            "`axis_size=` of a vmap), or an axis to one of them by in_axes or variable_axes"
+            f"{what} maps over nothing: no argument and no Variable has an axis, so give the size (`length=` of a "
+            "scan, `axis_size=` of a vmap), or an axis to one of them by in_axes or variable_axes"
         )
     return next(iter(found))
 
