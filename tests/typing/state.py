@@ -15,11 +15,12 @@ class Count(nnx.Variable[jax.Array]):
 
 
 class Model(nnx.Module):
-    # What an attribute reads as, whatever holds it.
-    scale: jax.Array
-    count: jax.Array
-
     def __init__(self, *, ctx: nnx.Context) -> None:
+        # An attribute reads as its value, whatever holds it.
+        self.scale = nnx.Param(jnp.ones(4), sharding=("features",))
+        self.count = Count(jnp.int32(0))
+        self.seen = nnx.var("statistics", jnp.zeros(4))
+        self.pair = nnx.Node([jnp.zeros(2), jnp.ones(2)])
         self.attention = nnx.MultiHeadAttention(2, 4, ctx=ctx)
         self.norm = nnx.BatchNorm(4, ctx=ctx)
         self.blocks = nnx.Sequence([nnx.Linear(4, 4, ctx=ctx)])
@@ -34,11 +35,18 @@ class Model(nnx.Module):
         return self.named["head"](nnx.relu(x))
 
 
+x = jnp.ones((2, 3, 4))
 ctx = nnx.context(0, dropout=1, flags={"deterministic": True})
 model = Model(ctx=ctx)
 assert_type(model.blocks[0], nnx.layers.Linear)
 assert_type(model.blocks[:1], nnx.Sequence[nnx.layers.Linear])
 assert_type(model.scale, jax.Array)
+assert_type(model.scale.shape, tuple[int, ...])
+assert_type(x @ model.scale, jax.Array)
+assert_type(model.seen, jax.Array)
+assert_type(model.pair, list[jax.Array])
+model.count = model.count + 1
+model.count = "1"  # type: ignore[assignment]
 assert_type(ctx.make_rng("params"), jax.Array)
 
 # partition: one State without a filter or with one, a tuple of States with several.
@@ -82,7 +90,6 @@ model.for_each(nnx.Linear, lambda layer: layer.kernel.shape)
 model.for_each(nnx.Linear, lambda layer: layer.no_such_attribute)  # type: ignore[attr-defined]
 
 # Layers.
-x = jnp.ones((2, 3, 4))
 assert_type(nnx.Linear(4, 2, ctx=ctx).kernel, jax.Array)
 assert_type(nnx.Dropout(0.5)(x, ctx=ctx), jax.Array)
 assert_type(nnx.Embed(10, 4, ctx=ctx).attend(x), jax.Array)

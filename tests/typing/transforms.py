@@ -20,6 +20,14 @@ class Model(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         return self.linear(x)
 
+    @nnx.jit
+    def compiled(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        return self(x, train=train)
+
+    @nnx.jit(static_argnames="train", max_traces=2)
+    def compiled_with(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return self(x, train=train)
+
     @nnx.remat
     def checkpointed(self, x: jax.Array) -> jax.Array:
         return self(x)
@@ -41,6 +49,14 @@ model = Model(4, ctx=nnx.context(0))
 x = jnp.ones((2, 4))
 
 # Methods.
+assert_type(model.compiled(x, train=True), jax.Array)
+model.compiled("x")  # type: ignore[arg-type]
+model.compiled(x, True)  # type: ignore[call-arg]
+assert_type(model.compiled_with(x, train=True), jax.Array)
+model.compiled_with(x)  # type: ignore[call-arg]
+assert_type(Model.compiled(model, x), jax.Array)
+model.compiled.lower(x).compile()
+model.compiled.lower()  # type: ignore[call-arg]
 assert_type(model.checkpointed(x), jax.Array)
 model.checkpointed()  # type: ignore[call-arg]
 assert_type(model.configured(x, train=True), jax.Array)
@@ -125,5 +141,15 @@ assert_type(step(model, x, train=True), tuple[Model, jax.Array])
 step(model, x)  # type: ignore[call-arg]
 step.lower(model, x, train=False).compile()
 step.lower(model)  # type: ignore[call-arg]
+
+
+class Trainer:
+    @staticmethod
+    @nnx.jit
+    def step(model: Model, x: jax.Array) -> jax.Array:
+        return model(x)
+
+
+assert_type(Trainer().step(model, x), jax.Array)
 assert_type(nnx.jit(model)(x, train=True), jax.Array)
 nnx.jit(model)(x, train="yes")  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -455,6 +455,10 @@ class Node(_Held[A]):
 
     collection = "nodes"
 
+    if TYPE_CHECKING:
+        # An attribute of a Module that holds it reads as the value, so that is what an assignment makes of it.
+        def __new__(cls, value: VariableMetadata[A] | Variable[A] | A, **metadata: Any) -> A: ...  # type: ignore[misc]
+
 
 class Variable(_Held[A]):
     """A value that a Module owns and changes in place. Subclass it to make a collection of your own.
@@ -468,6 +472,10 @@ class Variable(_Held[A]):
     """
 
     collection = "variables"
+
+    if TYPE_CHECKING:
+        # An attribute of a Module that holds it reads as the value, so that is what an assignment makes of it.
+        def __new__(cls, value: VariableMetadata[A] | Variable[A] | A, **metadata: Any) -> A: ...  # type: ignore[misc]
 
 
 class Param(Variable[A]):
@@ -542,7 +550,7 @@ def _static_key(static: Static[Any]) -> Any:
 jax.tree_util.register_pytree_node(Static, lambda s: ((), s), lambda s, _: s)
 
 
-def var(collection: str, value: A, **metadata: Any) -> Variable[A]:
+def var(collection: str, value: A, **metadata: Any) -> A:
     """Make a Variable of a named collection; the collection's type is made when its name is first used.
 
     Args:
@@ -555,7 +563,7 @@ def var(collection: str, value: A, **metadata: Any) -> Variable[A]:
         >>> nnx.var("losses", 1.0)
         Losses(value=1.0)
     """
-    return collection_type(collection)(value, **metadata)
+    return collection_type(collection)(value, **metadata)  # type: ignore[return-value]
 
 
 def collection_type(collection: str) -> type[Variable[Any]]:

@@ -29,7 +29,7 @@ default_kernel_init = initializers.lecun_normal()
 default_bias_init = initializers.zeros
 
 
-def as_value(variable: Variable[Any]) -> Any:
+def as_value(variable: Any) -> Any:
     """`variable` itself, for a static type checker the value: that is what reading the attribute will give."""
     return variable
 

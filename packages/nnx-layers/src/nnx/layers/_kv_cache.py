@@ -19,9 +19,7 @@ class CacheFullError(ShapeError):
     """More tokens were given to a cache of keys and values than it has room for."""
 
 
-def new_cache(
-    batch: int, max_length: int, heads: int, head_dim: int, dtype: DTypeLike
-) -> tuple[Cache[Any], Cache[Any], Cache[Any]]:
+def new_cache(batch: int, max_length: int, heads: int, head_dim: int, dtype: DTypeLike) -> tuple[Any, Any, Any]:
     """Empty keys and values, [batch, max_length, heads, head_dim], and the rows' lengths, [batch]."""
     for name, size in (("batch", batch), ("max_length", max_length)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:

@@ -29,8 +29,9 @@ from nnx.core.transforms._values import explain
 __all__ = ["JitWrapped", "jit", "kept_on"]
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 R = TypeVar("R")
-T = TypeVar("T")
+M = TypeVar("M", bound=Object)
 
 _TRACED = "__nnx_traced__"
 _Traced = Callable[..., Any]
@@ -348,7 +349,9 @@ class JitWrapped(Generic[P, R]):
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> JitWrapped[P, R]: ...
     @overload
-    def __get__(self: JitWrapped[Concatenate[T, P], R], instance: T, owner: type | None = None) -> BoundJit[P, R]: ...  # type: ignore[misc]
+    def __get__(self: JitWrapped[Concatenate[M, Q], R], instance: M, owner: type | None = None) -> BoundJit[Q, R]: ...
+    @overload
+    def __get__(self, instance: Any, owner: type | None = None) -> JitWrapped[P, R]: ...  # static
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else BoundJit(self, instance)
 
