@@ -180,19 +180,26 @@ def encode(
     for path, array in small.items():
         offsets[path] = end
         end += -(-array.nbytes // _ALIGN) * _ALIGN
-    arrays = {f"leaf:{path}": array for path, array in large.items()}
+    arrays: dict[str, np.ndarray[Any, Any]] = {f"leaf:{path}": array.view(_Held) for path, array in large.items()}
     if small:
         packed = np.zeros(end, np.uint8)
         for path, array in small.items():
             packed[offsets[path] : offsets[path] + array.nbytes] = (
                 np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             )
-        arrays[PACKED] = packed
+        arrays[PACKED] = packed.view(_Held)
     entries = {
         path: Entry(spec, sums.get(path), offsets.get(path), 0 if array is None else array.nbytes)
         for path, (spec, array) in leaves.items()
     }
     return entries, arrays
+
+
+class _Held(np.ndarray[Any, Any]):
+    """An array that nobody writes to while it is saved. Of any other one that it is given orbax makes a copy."""
+
+    def __deepcopy__(self, memo: Any) -> _Held:
+        return self
 
 
 def decode(path: str, entry: Entry, arrays: Mapping[str, Any], shape: tuple[int, ...], dtype: Any) -> Any:

@@ -154,15 +154,19 @@ class Reader:
             targets = _shardings(flat, mesh)
             direct = _spread(flat, sources, targets)
             arrays = self.read_arrays(step, name, list(sources.values()), direct)
-            if verify:
-                self._verify(step, name, sources.values(), arrays)
 
             def value(
-                leaf: Leaf, sources: Any = sources, arrays: Any = arrays, targets: Mapping[str, Any] = targets
+                leaf: Leaf,
+                name: str = name,
+                sources: Any = sources,
+                arrays: Any = arrays,
+                targets: Mapping[str, Any] = targets,
             ) -> Any:
                 if leaf.path not in sources:
                     return leaf.value
                 source, entry = sources[leaf.path]
+                if verify:  # here, where what is read once for its sum is still in the cache for its copy
+                    self._verify(step, name, source, entry, arrays)
                 return decode_leaf(leaf, source, entry, arrays, targets.get(leaf.path))
 
             result[name] = list(self._pool.map(value, flat.leaves))
@@ -217,22 +221,15 @@ class Reader:
         # Parameters are close to noise: compressing them takes longer than writing them.
         return self._ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
 
-    def _verify(self, step: int, name: str, sources: Any, arrays: Mapping[str, Any]) -> None:
-        checked = [(path, entry) for path, entry in sources if entry.crc is not None]
-
-        def found(source: tuple[str, Entry]) -> int:
-            path, entry = source
-            return checksum(decode(path, entry, arrays, (-1,), np.uint8))
-
-        for (path, entry), crc in zip(checked, self._pool.map(found, checked), strict=True):
-            if crc != entry.crc:
-                raise CorruptError(
-                    f"the checkpoint of step {step} in {self._path} is damaged: `{path}` of `{name}` does not have its "
-                    "checksum",
-                    step,
-                    name,
-                    path,
-                )
+    def _verify(self, step: int, name: str, path: str, entry: Entry, arrays: Mapping[str, Any]) -> None:
+        if entry.crc is not None and checksum(decode(path, entry, arrays, (-1,), np.uint8)) != entry.crc:
+            raise CorruptError(
+                f"the checkpoint of step {step} in {self._path} is damaged: `{path}` of `{name}` does not have its "
+                "checksum",
+                step,
+                name,
+                path,
+            )
 
     def put_aside(self, step: int, error: CorruptError) -> None:
         """Rename a damaged step, and say so."""
@@ -292,12 +289,6 @@ def _spread(flat: Flat, sources: Mapping[str, tuple[str, Entry]], targets: Mappi
     return result
 
 
-def _put(array: Any, sharding: Any) -> Any:
-    if sharding is None:
-        return array
-    return jax.device_put(array, sharding) if sharding.is_fully_addressable else place(np.asarray(array), sharding)
-
-
 def _target_sharding(value: Any) -> Any:
     """Where an array has to go, or None if JAX is free to place it.
 
@@ -334,8 +325,11 @@ def decode_leaf(leaf: Leaf, path: str, entry: Entry, arrays: Mapping[str, Any], 
         return found[()]
     if isinstance(leaf.value, np.ndarray):
         return np.array(found)
-    array = _as_weak_as(leaf.value, jnp.array(found))
-    return _put(array, sharding)
+    if sharding is None or sharding.is_fully_addressable:
+        # At once to its place: `jnp.array` copies twice. What was read is nobody else's, so JAX may keep it as it is.
+        array = _as_weak_as(leaf.value, jax.device_put(found, sharding))
+        return array if sharding is None else jax.device_put(array, sharding)
+    return place(found, sharding)
 
 
 def _as_weak_as(like: Any, array: jax.Array) -> jax.Array:
