@@ -1,11 +1,14 @@
 """Every layer's gradients, by parameters and inputs, against finite differences in float64."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.test_util import check_grads
 
 import nnx
+from nnx import layers
 
 F64 = {"param_dtype": jnp.float64}
 LAYERS = {
@@ -20,7 +23,14 @@ LAYERS = {
     "GroupNorm": (lambda ctx: nnx.GroupNorm(4, num_groups=2, ctx=ctx, **F64), (2, 3, 4)),
     "AvgPool": (lambda ctx: nnx.AvgPool((2,)), (2, 4, 3)),
     "MaxPool": (lambda ctx: nnx.MaxPool((2,)), (2, 4, 3)),
+    "MinPool": (lambda ctx: nnx.MinPool((2,)), (2, 4, 3)),
     "AdaptiveAvgPool": (lambda ctx: nnx.AdaptiveAvgPool((3,)), (2, 5, 3)),
+    "AdaptiveMaxPool": (lambda ctx: nnx.AdaptiveMaxPool((3,)), (2, 5, 3)),
+    "GlobalAvgPool": (lambda ctx: nnx.GlobalAvgPool(), (2, 5, 3)),
+    "GlobalMaxPool": (lambda ctx: nnx.GlobalMaxPool(), (2, 5, 3)),
+    "Dropout": (lambda ctx: _Dropping(nnx.Dropout(0.4)), (4, 5)),
+    "DropPath": (lambda ctx: _Dropping(nnx.DropPath(0.4)), (6, 5)),
+    "Bidirectional": (lambda ctx: nnx.Bidirectional(_rnn(ctx), _rnn(ctx)), (2, 3, 4)),
     "RotaryEmbedding": (lambda ctx: _Turned(), (4, 2, 4)),
     "attention": (
         lambda ctx: nnx.MultiHeadAttention(
@@ -38,6 +48,54 @@ class _Turned(nnx.Module):
 
     def __call__(self, x):
         return self.rotary(x, jnp.arange(x.shape[-3]))
+
+
+class _Dropping(nnx.Module):
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        return self.layer(x, deterministic=False, ctx=nnx.context(dropout=3))
+
+
+def _rnn(ctx):
+    return nnx.RNN(nnx.SimpleCell(4, 3, dtype=jnp.float64, ctx=ctx, **F64))
+
+
+ELSEWHERE = {
+    "Conv": "test_conv.py",
+    "ConvTranspose": "test_conv_transpose.py",
+    "Einsum": "test_einsum.py",
+    "Embed": "test_embeddings, below",
+    "GRUCell": "test_recurrent.py",
+    "InstanceNorm": "test_instance_norm.py",
+    "LSTMCell": "test_recurrent.py",
+    "LoRA": "test_lora.py, within the layers that have it",
+    "LoRALinear": "test_lora.py",
+    "LoRALinearGeneral": "test_lora.py",
+    "MultiHeadAttention": "as attention, above",
+    "OptimizedLSTMCell": "test_recurrent.py",
+    "PReLU": "test_activations.py",
+    "RNN": "test_recurrent.py",
+    "RNNCellBase": "a base class",
+    "SimpleCell": "test_recurrent.py",
+    "SpectralNorm": "test_weight_norms.py",
+    "WeightNorm": "test_weight_norms.py",
+}
+"""Where the layers are checked that this file leaves out."""
+
+
+def test_no_layer_is_left_out():
+    modules = {
+        name
+        for name in layers.__all__
+        if isinstance(made := getattr(layers, name), type) and issubclass(made, nnx.Module)
+    }
+    here = {name.partition(",")[0] for name in LAYERS if name.partition(",")[0] in modules}
+    assert here | set(ELSEWHERE) == modules
+    assert not here & set(ELSEWHERE)
+    for file in {where for where in ELSEWHERE.values() if where.endswith(".py")}:
+        assert "check_grads" in (Path(__file__).parent / file).read_text()
 
 
 @pytest.mark.slow

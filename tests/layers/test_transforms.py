@@ -24,7 +24,13 @@ LAYERS = {
     "GroupNorm": (lambda ctx: nnx.GroupNorm(4, num_groups=2, ctx=ctx), (3, 4)),
     "InstanceNorm": (lambda ctx: nnx.InstanceNorm(4, ctx=ctx), (3, 5, 4)),
     "WeightNorm": (lambda ctx: nnx.WeightNorm(nnx.Linear(4, 3, ctx=ctx), ctx=ctx), (2, 4)),
+    "SpectralNorm": (lambda ctx: nnx.SpectralNorm(nnx.Linear(4, 3, ctx=ctx), ctx=ctx), (2, 4)),
     "PReLU": (lambda ctx: nnx.PReLU(), (2, 4)),
+    "AdaptiveMaxPool": (lambda ctx: nnx.AdaptiveMaxPool((2,)), (2, 5, 4)),
+    "Bidirectional": (
+        lambda ctx: nnx.Bidirectional(*(nnx.RNN(nnx.GRUCell(4, 3, ctx=ctx)) for _ in range(2))),
+        (2, 5, 4),
+    ),
     "MultiHeadAttention": (lambda ctx: nnx.MultiHeadAttention(2, 4, ctx=ctx), (2, 5, 4)),
     "RNN": (lambda ctx: nnx.RNN(nnx.LSTMCell(4, 3, ctx=ctx)), (2, 5, 4)),
     "LoRALinear": (lambda ctx: nnx.LoRALinear(4, 3, lora_rank=2, ctx=ctx), (2, 4)),

@@ -104,8 +104,9 @@ def dot_product_attention(
             raise ValueError(
                 f"dot_product_attention: dropout_rate={dropout_rate} needs `dropout_rng`, or deterministic=True"
             )
-        shared = range(weights.ndim - 2) if broadcast_dropout else ()
-        weights = dropout(weights, dropout_rng, dropout_rate, shared)
+        # A product with what is kept, which a shared mask lets be as small as one head's weights.
+        shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
+        weights = weights * dropout(jnp.ones(shape, weights.dtype), dropout_rng, dropout_rate)
     kv_heads = key.shape[-2]
     if query.shape[-2] == kv_heads:  # without a group's axis of size 1, around which XLA would transpose
         return jnp.einsum("...nts,...snh->...tnh", weights, value, precision=precision)
