@@ -39,8 +39,9 @@ def while_loop(cond_fun: Callable[[T], Any], body_fun: Callable[[T], T], init_va
         init_val: a pytree of Modules, Contexts and arrays.
 
     Returns:
-        The last `val`, in which the Modules are those of `init_val`. A Variable that the body makes is zero if it
-        never ran.
+        The last `val`, in which the Modules are those of `init_val`. What the body changes of their structure is
+        changed even if it never ran, since that is known only when the compiled code runs; a Variable that it makes
+        is zero then.
 
     Raises:
         StructureError: the body returns another structure, or changes the Modules' structure in each run.
