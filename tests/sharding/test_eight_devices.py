@@ -69,9 +69,10 @@ def losses(recipe, axes):
 @pytest.mark.parametrize(
     ("recipe", "axes"),
     [
+        # The other two are held to a plain-JAX twin below, which compiles faster; the guide's picture runs all.
         ("combined", "auto"),
-        ("combined", "explicit"),
-        *[pytest.param(name, "auto", marks=pytest.mark.slow) for name in MESHES if name != "combined"],
+        pytest.param("fsdp", "auto", marks=pytest.mark.slow),
+        pytest.param("sequence_parallel", "auto", marks=pytest.mark.slow),
         pytest.param("sequence_parallel", "explicit", marks=pytest.mark.slow),
     ],
 )
@@ -251,7 +252,7 @@ def plain_forward(params, x, constrain):
 
 
 @needs_devices
-@pytest.mark.parametrize("recipe", ["data_parallel", "fsdp", "combined"])
+@pytest.mark.parametrize("recipe", ["data_parallel", "fsdp", "tensor_parallel", "combined"])
 def test_the_compiled_step_moves_what_a_plain_one_moves(recipe):
     mesh = make_mesh(MESHES[recipe])
     rules = nnx.sharding_rules(recipe, mesh)
