@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from benchmarks import (
     train_step,
 )
 from benchmarks._measure import QUICK, Options
-from benchmarks._report import line, write
+from benchmarks._report import line, write, write_excerpt
 from benchmarks._results import Result, is_past
 
 BENCHMARKS = {
@@ -40,6 +41,7 @@ BENCHMARKS = {
     )
 }
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = given.output or (None if given.quick or given.only else RESULTS)
     if folder is not None:
         write(results, folder)
+        if folder == RESULTS:
+            write_excerpt(json.loads((folder / "results.json").read_text(encoding="utf-8")), README)
         print(f"wrote {folder}")
     missed = [result for result in results if is_past(result)]
     for result in missed:

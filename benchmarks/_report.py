@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,18 @@ TITLES = {
     "loop": "fit against a loop by hand",
     "decode": "Decoding with a cache of keys and values",
 }
-PACKAGES = ("jax", "jaxlib", "numpy", "optax", "nnx-core", "nnx-layers", "nnx-train", "flax", "equinox")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "numpy",
+    "optax",
+    "orbax-checkpoint",
+    "nnx-core",
+    "nnx-layers",
+    "nnx-train",
+    "flax",
+    "equinox",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -126,6 +137,50 @@ def write(results: Sequence[Result], folder: Path) -> None:
     content = {"environment": environment(), "results": rows}
     (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _picture([result for result in results if result.leaves is not None], folder / "overhead.png")
+
+
+EXCERPT = {
+    "read, 12 blocks": "a call that reads 48 arrays",
+    "read, 48 blocks": "192 arrays",
+    "read, 192 blocks": "768 arrays",
+    "read, 768 blocks": "3,072 arrays",
+    "update, 12 blocks": "a call that writes 48 arrays",
+    "update, 48 blocks": "192 arrays",
+    "update, 192 blocks": "768 arrays",
+    "update, 768 blocks": "3,072 arrays",
+    "lifted, MLP 4x32, not donated": "a training step with adam, MLP of 4 layers of 32",
+    "lifted, MLP 24x32, not donated": "24 layers of 32",
+    "lifted, MLP 24x256, not donated": "24 layers of 256",
+    "lifted, MLP 24x32, donated": "24 layers of 32, donated",
+}
+"""What the README shows, and what it calls it."""
+
+
+def excerpt(content: Mapping[str, Any]) -> str:
+    """The table of the README, of what `write` has written to `results.json`."""
+    results = [row for row in content["results"] if row["benchmark"] in ("dispatch", "train_step")]
+    libraries = [name for name in dict.fromkeys(row["library"] for row in results) if name != RAW]
+    lines = ["| time over raw `jax.jit` | " + " | ".join(libraries) + " |", "| --- |" + " --- |" * len(libraries)]
+    for case, title in EXCERPT.items():
+        ratios = {row["library"]: row["ratio"]["median"] for row in results if row["case"] == case}
+        cells = [_short(ratios[name]) if name in ratios else "" for name in libraries]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def write_excerpt(content: Mapping[str, Any], readme: Path) -> None:
+    """Put the table into the README, between its marks."""
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{START}\n{excerpt(content)}\n{END}{after}", encoding="utf-8")
+
+
+START, END = "<!-- the table of hatch run bench -->", "<!-- its end -->"
 
 
 def _bound_data(result: Result) -> dict[str, Any] | None:

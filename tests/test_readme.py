@@ -34,3 +34,13 @@ def test_the_commands_of_the_readme_exist(command: str) -> None:
     scripts = tomllib.loads((ROOT / "hatch.toml").read_text())["envs"]["default"]["scripts"]
     assert f"hatch run {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert command in scripts
+
+
+def test_the_table_of_the_readme_is_what_was_measured() -> None:
+    import json
+
+    from benchmarks._report import END, START, excerpt
+
+    content = json.loads((ROOT / "benchmarks" / "results" / "results.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.partition(START)[2].partition(END)[0].strip() == excerpt(content)

@@ -192,11 +192,12 @@ def test_a_failing_donated_call_raises_its_own_error():
     assert float(leaf.w) == 1.0
 
 
-def test_many_arguments_that_are_one_module():
+def test_many_arguments_that_are_one_module(monkeypatch):
+    monkeypatch.setattr("nnx.core._layout._KEPT", 8)  # so that what is known of the first is forgotten within the call
     leaf = Leaf(1.0)
     step = nnx.jit(lambda *leaves: setattr(leaves[0], "w", leaves[0].w + 1), donate_argnums=0)
     for i in range(3):
-        step(*[leaf] * 300)
+        step(*[leaf] * 12)
         assert float(leaf.w) == i + 2
 
 
