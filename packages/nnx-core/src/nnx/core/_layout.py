@@ -42,6 +42,7 @@ class Layout:
             this knows.
         handle: stands for the definition in what is handed to JAX.
         column: the values of the cells, in a list that the cells themselves read and write; None while they do not.
+        given: what a call hands to JAX, where nothing has to be looked at first; else None.
         streams: the positions of random streams, whose values are made when they are asked for.
         blocker: the layout that has the cells in its own column, so that they cannot be in this one's.
         missed: how often the values were gathered for that reason.
@@ -54,6 +55,7 @@ class Layout:
         "blocker",
         "cells",
         "column",
+        "given",
         "handle",
         "itself",
         "missed",
@@ -80,6 +82,7 @@ class Layout:
         # by one.
         self.trace = traces.pop() if len(traces) == 1 else None
         self.column: list[Any] | None = None
+        self.given: dict[Any, list[Any]] | None = None
         self.blocker: weakref.ref[Layout] | None = None
         self.missed = 0
         self._cell_ids: frozenset[int] | None = None
@@ -128,6 +131,8 @@ class Layout:
                     _move(cell, (column, i), self.itself)
             # Last, so that an adoption that was cut short is begun anew.
             self.column = column
+            if self.valid and not self.streams and not self.statics:
+                self.given = {self.handle: column}
             return column
 
     def _release(self, other: Layout | None) -> None:
@@ -136,7 +141,7 @@ class Layout:
         A cell may outlive the layout, and would keep every array of the column alive.
         """
         with interning:
-            column, self.column = self.column, None
+            column, self.column, self.given = self.column, None, None
             self.blocker = other.itself if other is not None else None
             for cell in self.cells:
                 if holds_in_a_list(type(cell)) and cell._place[0] is column:

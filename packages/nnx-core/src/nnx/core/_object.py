@@ -180,6 +180,7 @@ def invalidate(instance: Object) -> None:
             layout = reference()
             if layout is not None:
                 layout.valid = False
+                layout.given = None
                 root = layout.root() if layout.root is not None else None
                 if root is not None and root._nnx.layout is layout:
                     root._nnx.layout = None  # it may be the last to know arrays that are about to go

@@ -7,7 +7,7 @@ import functools
 import itertools
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import jax
@@ -430,9 +430,17 @@ def _flatten_with_keys(state: State) -> tuple[Any, Any]:
     return tuple(zip(state._schema.keys, state._values, strict=True)), state._schema
 
 
+def _unflatten(schema: Schema, values: Iterable[Any]) -> State:
+    # `from_columns` once more: a call of a compiled function comes here for each State that it returns.
+    state = object.__new__(State)
+    state._schema = schema
+    state._values = values if type(values) is tuple else tuple(values)
+    return state
+
+
 jax.tree_util.register_pytree_with_keys(
     State,
     _flatten_with_keys,
-    lambda schema, values: State.from_columns(schema, tuple(values)),
+    _unflatten,
     lambda state: (state._values, state._schema),
 )

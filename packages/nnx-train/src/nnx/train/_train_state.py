@@ -108,7 +108,11 @@ class TrainState:
         # No checks: JAX also puts placeholders where arrays belong.
         params, opt_state, step, *states = children
         new = object.__new__(cls)
-        new._fill(static, params, opt_state, step, dict(zip(static[2], states, strict=True)))
+        _put_static(new, static)
+        _put_params(new, params)
+        _put_opt_state(new, opt_state)
+        _put_step(new, step)
+        _put_states(new, dict(zip(static[2], states, strict=True)) if states else {})
         return new
 
     @classmethod
@@ -355,6 +359,14 @@ def _check_paths(name: str, old: Any, new: Any, way_out: str = "; to change the 
     if unexpected := [path for path in after if path not in before]:
         problems.append(f"it has {path_list(unexpected)}, which the old one has not")
     raise StructureError(f"TrainState: the new `{name}` has other paths than the old: {'; '.join(problems)}{way_out}")
+
+
+# The slots' own setters: JAX makes a TrainState anew at every step.
+_put_static = TrainState.__dict__["_static"].__set__
+_put_params = TrainState.__dict__["params"].__set__
+_put_opt_state = TrainState.__dict__["opt_state"].__set__
+_put_step = TrainState.__dict__["step"].__set__
+_put_states = TrainState.__dict__["_states"].__set__
 
 
 def _flatten(state: TrainState) -> tuple[tuple[Any, ...], tuple[ModuleDef, Any, tuple[str, ...]]]:

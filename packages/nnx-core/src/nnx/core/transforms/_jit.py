@@ -14,7 +14,7 @@ import jax
 from nnx.core._errors import AttributeKindError
 from nnx.core._explain import TraceLog, definition_differences, warn_of_captures
 from nnx.core._graph import ModuleDef
-from nnx.core._layout import Layout, values_of, walk_in_turn
+from nnx.core._layout import Layout, walk_in_turn
 from nnx.core._object import Object
 from nnx.core._tracing import is_eager
 from nnx.core.transforms._callable import lift_callable
@@ -155,85 +155,88 @@ class JitWrapped(Generic[P, R]):
         # `Report.write` is written out.
         if not self._direct:
             return self._call_elsewise(args, kwargs)  # type: ignore[no-any-return]
-        roots: list[Object] = []
+        full: Any = self._bound + args if self._bound else args
         layouts: list[Layout] = []
         given: list[Any] = []
-        for arg in self._bound + args if self._bound else args:
+        usual = True
+        for arg in full:
             if isinstance(arg, Object):
                 hidden = arg._nnx
                 layout = hidden.layout
                 if (
                     layout is None
-                    or not layout.valid
-                    or layout.statics
+                    or (entered := layout.given) is None
                     or hidden.initializing
                     or (layouts and (len(layouts) > 1 or layout.after.get(layouts[0].token, layout) is not None))
                 ):
-                    given.append(enter(arg, roots, layouts))
-                    continue
-                column = layout.column
-                if column is None or layout.streams:
-                    column = values_of(layout)
-                roots.append(arg)
-                layouts.append(layout)
-                given.append({layout.handle: column})
+                    entered = enter(arg, _roots(full, kwargs)[: len(layouts)], layouts)
+                    usual = False
+                else:
+                    layouts.append(layout)
+                given.append(entered)
             else:
                 given.append(arg)
-        named: Any = kwargs and _enter_named(kwargs, roots, layouts)
+        if kwargs:
+            named: Any = _enter_named(kwargs, _roots(full, {}), layouts)
+            usual = False
         if self._donates and [layout.token for layout in layouts] != self._apart:
-            given, named = self._separated(args, kwargs, roots, layouts)
+            given, named, layouts = self._separated(full, kwargs)
+            usual = False
         try:
-            out, report = self._jitted(*given, **named)
+            out, report = self._jitted(*given, **named) if kwargs else self._jitted(*given)
         except Exception as error:
-            again = self._instead(error, args, kwargs, roots, layouts)
+            again = self._instead(error, args, kwargs, layouts)
             if again is None:
                 raise
         else:
             if report is None:
                 return out  # type: ignore[no-any-return]
-            ((report, values),) = report.items()
-            if report.whole is not None and is_eager():
-                columns = [layouts[number].column for number in report.whole]
-                if None not in columns:
-                    i = 0  # `zip` and `enumerate` take longer to begin than the whole loop
-                    for number in report.whole:
-                        own: Any = columns[i]
-                        own[:] = values[i]
-                        if layouts[number].column is not own:  # another thread has moved the cells in between
-                            layouts[number].write(None, values[i], streams=False)
-                        i += 1  # noqa: SIM113
-                    return out  # type: ignore[no-any-return]
+            report, values = report.popitem()
+            if usual and report.whole is not None and is_eager():
+                i = 0  # `zip` and `enumerate` take longer to begin than the whole loop
+                for number in report.whole:
+                    layout = layouts[number]
+                    column = layout.column
+                    if column is not None:
+                        column[:] = values[i]
+                    if column is None or layout.column is not column:  # another thread has moved the cells
+                        layout.write(None, values[i], streams=False)
+                    i += 1  # noqa: SIM113
+                return out  # type: ignore[no-any-return]
+            roots = _roots(full, kwargs)
             return report.finish(roots, layouts, out, values)  # type: ignore[no-any-return]
         return again()  # type: ignore[no-any-return]
 
     def _separated(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], roots: list[Object], layouts: list[Layout]
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """See to it that no array is in two places, and give the arguments as JAX takes them.
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any], list[Layout]]:
+        """See to it that no array is in two places, and give the arguments as JAX takes them, and the layouts.
 
         For one set of graphs that is done once: what a call writes is apart by itself, and where a write since then
         has put one array in two places, JAX finds it.
         """
-        tokens = frozenset([layout.token for layout in layouts])
-        if self._prunes or tokens not in self._were_apart:
-            separate(self._bound + args, kwargs, self._donated, self._donated_names)
-            if len(self._were_apart) > 64:
-                self._were_apart.clear()
-            self._were_apart.add(tokens)
-        roots.clear()
-        layouts.clear()
-        given = [enter(arg, roots, layouts) if isinstance(arg, Object) else arg for arg in (*self._bound, *args)]
-        named = _enter_named(kwargs, roots, layouts)
+        for separated in (False, True):
+            roots: list[Object] = []
+            layouts: list[Layout] = []
+            given = [enter(arg, roots, layouts) if isinstance(arg, Object) else arg for arg in args]
+            named = _enter_named(kwargs, roots, layouts)
+            tokens = frozenset([layout.token for layout in layouts])
+            if not separated and (self._prunes or tokens not in self._were_apart):
+                separate(args, kwargs, self._donated, self._donated_names)
+                if len(self._were_apart) > 64:
+                    self._were_apart.clear()
+                self._were_apart.add(tokens)
+                continue
+            break
         if not self._prunes:
             self._apart = [layout.token for layout in layouts]
-        return given, named
+        return given, named, layouts
 
     def _instead(
         self,
         error: Exception,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        roots: Sequence[Object],
         layouts: Sequence[Layout],
     ) -> Callable[[], Any] | None:
         """What to do instead of a call that has failed before it changed anything; None to let it fail."""
@@ -246,7 +249,7 @@ class JitWrapped(Generic[P, R]):
             self._given_twice += 1
             self._direct = self._direct and self._given_twice < _OFTEN
             return functools.partial(self._call_elsewise, args, kwargs, by_buffer=True)
-        explain(roots, layouts, error)
+        explain(_roots((*self._bound, *args), kwargs)[: len(layouts)], layouts, error)
         return None
 
     def _call_elsewise(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_buffer: bool = False) -> Any:
@@ -414,6 +417,11 @@ class BoundJit(Generic[P, R]):
     def clear_cache(self) -> None:
         """Forget every compiled version, for all instances."""
         self.__wrapped__.clear_cache()
+
+
+def _roots(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Object]:
+    """The Modules among arguments, in the order in which they are entered."""
+    return [arg for arg in (*args, *[kwargs[name] for name in sorted(kwargs)]) if isinstance(arg, Object)]
 
 
 def _enter_named(kwargs: dict[str, Any], roots: list[Object], layouts: list[Layout]) -> dict[str, Any]:
