@@ -370,8 +370,11 @@ _put_states = TrainState.__dict__["_states"].__set__
 
 
 def _flatten(state: TrainState) -> tuple[tuple[Any, ...], tuple[ModuleDef, Any, tuple[str, ...]]]:
+    static = state._static
+    if not static[2]:
+        return (state.params, state.opt_state, state.step), static
     states = state._states
-    return (state.params, state.opt_state, state.step, *[states[name] for name in state._static[2]]), state._static
+    return (state.params, state.opt_state, state.step, *[states[name] for name in static[2]]), static
 
 
 def _flatten_with_keys(state: TrainState) -> tuple[Any, Any]:
