@@ -92,12 +92,14 @@ def test_vae(tmp_path):
     assert picture(tmp_path)
 
 
+@pytest.mark.slow
 def test_scan_over_layers(tmp_path, capsys):
     assert scan_over_layers.main(["--steps", "3", "--out", str(tmp_path)]) == 0
     assert float(capsys.readouterr().out.splitlines()[0].rpartition(": ")[2]) < 1e-5
     assert picture(tmp_path)
 
 
+@pytest.mark.slow
 def test_char_transformer(tmp_path, capsys):
     words = ["--steps", "20", "--dim", "32", "--layers", "2", "--characters", "16", "--out", str(tmp_path)]
     assert char_transformer.main(words) == 0
@@ -158,6 +160,7 @@ def test_checkpointing(tmp_path):
     assert picture(tmp_path)
 
 
+@pytest.mark.slow
 def test_transformer_sharded(tmp_path, capsys):
     losses = tmp_path / "losses.json"
     words = ["--mesh", "data=1,tensor=1", "--recipe", "combined", "--losses", str(losses)]

@@ -530,6 +530,7 @@ print("kernel", np.asarray(result.state.params["kernel"].value).tobytes().hex())
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
     def life(folder, devices, steps):
         env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
