@@ -125,10 +125,8 @@ class JitWrapped(Generic[P, R]):
         donated, names = _named_and_numbered(target, options.get("donate_argnums"), options.get("donate_argnames"))
         self._donates = bool(donated or names)
         self._donated, self._donated_names = donated, names
-        static, static_names = _named_and_numbered(
-            target, options.get("static_argnums"), options.get("static_argnames")
-        )
-        self._static, self._static_names = frozenset(static), frozenset(static_names)
+        static, _ = _named_and_numbered(target, options.get("static_argnums"), options.get("static_argnames"))
+        self._static = frozenset(static)
         # Whether Modules are looked for among the arguments themselves; else JAX finds them, wherever they are.
         self._at_top = not static and options.get("in_shardings") is None
         self._direct = self._at_top

@@ -37,8 +37,8 @@ class Frame:
 
     A Frame also stands for the first argument of the call. JAX flattens the arguments more than once when it has to
     compile; each time it meets the Frame first, which then begins anew, so it always holds the roots of the last
-    time, each once. If the argument is a Module, the Frame flattens in its place, so that the usual call pays for one
-    Python callback, not two.
+    time, each once. If the argument is a Module, the Frame flattens in its place. Calls whose Modules are arguments
+    themselves need none of this: see `enter`.
     """
 
     __slots__ = ("argument", "layouts", "roots")
