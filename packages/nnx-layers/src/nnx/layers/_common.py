@@ -131,7 +131,10 @@ def draw_key(layer: Module, collection: str, ctx: Context | None) -> jax.Array:
     try:
         return ctx.make_rng(collection)
     except ContextError as error:
-        raise ContextError(f"{kind}: needs a key from the random stream {collection!r}. {error} {remedy}") from error
+        raise ContextError(
+            f"{kind}: needs a key from the random stream {collection!r}: {error}, or pass `deterministic=True` in the "
+            "call to draw nothing"
+        ) from error
 
 
 def check_features(layer: Module, argument: str, x: jax.Array, features: int | Sequence[int], described: str) -> None:
