@@ -71,6 +71,12 @@ def test_what_is_no_seed_is_refused(seed):
         nnx.context(dropout=seed)
 
 
+@pytest.mark.parametrize("arguments", [{"rngs": 0}, {"rngs": jax.random.key(0)}, {"flags": ("train",)}])
+def test_a_context_class_wants_values_by_name(arguments):
+    with pytest.raises(nnx.ContextError, match=r"are values by name, got .*nnx.context makes one of seeds"):
+        nnx.Context(**arguments)
+
+
 def test_flags_given_as_a_stream_are_pointed_to_flags():
     with pytest.raises(nnx.ContextError, match=r"flags are given as flags=dict"):
         nnx.context(0, config={"deterministic": True})

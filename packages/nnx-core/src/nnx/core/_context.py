@@ -184,9 +184,18 @@ class Context(Object):
     Args:
         rngs: streams by name: integers, keys, or RngStreams.
         flags: static values by name, such as `deterministic` and `use_running_average`.
+
+    Raises:
+        ContextError: `rngs` or `flags` is no mapping, or a seed is none.
     """
 
     def __init__(self, rngs: Mapping[str, Any] | None = None, *, flags: Mapping[str, Any] | None = None) -> None:
+        for what, given in (("rngs", rngs), ("flags", flags)):
+            if given is not None and not isinstance(given, Mapping):
+                raise ContextError(
+                    f"`{what}` of a Context are values by name, got {type(given).__name__}. "
+                    f"nnx.context makes one of seeds: nnx.context(0, dropout=1, flags=dict(deterministic=True))"
+                )
         cells = self._nnx.cells
         for name, seed in (rngs or {}).items():
             check_part(name)

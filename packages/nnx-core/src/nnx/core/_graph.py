@@ -545,5 +545,6 @@ def check_equivalent(what: str, kind: type[Cell], metadata: Any, other_kind: typ
         )
     raise VariableError(
         f"`{what}` has metadata {dict(metadata)}, but the {kind.__name__} given for it has {dict(other_metadata)}: "
-        f"delete the attribute first (`del module.{name}`) to change its metadata"
+        f"assign the array itself (`module.{name} = array`) to keep the metadata, or delete the attribute first "
+        f"(`del module.{name}`) to change it"
     )
