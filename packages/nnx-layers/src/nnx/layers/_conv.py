@@ -22,7 +22,7 @@ from nnx.layers._common import (
     per_dimension,
 )
 from nnx.layers._dtypes import promote_dtype
-from nnx.layers._explicit import whole
+from nnx.layers._explicit import convolve
 from nnx.layers.initializers import Initializer
 
 __all__ = ["Conv"]
@@ -227,15 +227,15 @@ class Conv(ConvBase):
         x, padding = self._pad(x)
         space = tuple(range(1, rank + 1))
         layout = (0, rank + 1, *space)
-        y = lax.conv_general_dilated(
+        y = convolve(
             x,
-            whole(kernel),
-            self.strides,
-            padding,
+            kernel,
+            lax.ConvDimensionNumbers(layout, (rank + 1, rank, *range(rank)), layout),
+            self.feature_group_count,
+            window_strides=self.strides,
+            padding=padding,
             lhs_dilation=self.input_dilation,
             rhs_dilation=self.kernel_dilation,
-            dimension_numbers=lax.ConvDimensionNumbers(layout, (rank + 1, rank, *range(rank)), layout),
-            feature_group_count=self.feature_group_count,
             precision=self.precision,
         )
         y = add_bias(y, bias)

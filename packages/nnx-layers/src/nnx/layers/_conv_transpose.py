@@ -24,7 +24,7 @@ from nnx.layers._common import (
 )
 from nnx.layers._conv import ConvBase, PaddingLike, canonicalize_padding, check_sizes
 from nnx.layers._dtypes import promote_dtype
-from nnx.layers._explicit import whole
+from nnx.layers._explicit import convolve
 from nnx.layers.initializers import Initializer
 
 __all__ = ["ConvTranspose"]
@@ -163,14 +163,14 @@ class ConvTranspose(ConvBase):
         channels = (rank + 1, rank)
         if self.transpose_kernel:
             kernel, channels = lax.rev(kernel, tuple(range(rank))), (rank, rank + 1)
-        y = lax.conv_general_dilated(
+        y = convolve(
             x,
-            whole(kernel),
-            (1,) * rank,
-            self._pads(),
+            kernel,
+            lax.ConvDimensionNumbers(layout, (*channels, *range(rank)), layout),
+            window_strides=(1,) * rank,
+            padding=self._pads(),
             lhs_dilation=self.strides,
             rhs_dilation=self.kernel_dilation,
-            dimension_numbers=lax.ConvDimensionNumbers(layout, (*channels, *range(rank)), layout),
             precision=self.precision,
         )
         if self.padding == "CIRCULAR":

@@ -21,6 +21,7 @@ from nnx.layers._common import (
     make_param,
 )
 from nnx.layers._dtypes import promote_dtype
+from nnx.layers._explicit import contraction, fit_weights, is_explicit
 from nnx.layers.initializers import Initializer
 
 __all__ = ["Einsum"]
@@ -203,13 +204,16 @@ class Einsum(Module):
             )
         equation = parse(kind, text)
         labels, _ = self._check_parameters(equation)
-        outputs = self._check_inputs(equation, inputs, labels)
+        of_inputs, outputs = self._check_inputs(equation, inputs, labels)
         x, kernel, bias = promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
-        y = jnp.einsum(equation.text, x, kernel, precision=self.precision)
+        out_sharding = None
+        if is_explicit(x) or is_explicit(kernel):
+            kernel, out_sharding = contraction(x, kernel, (of_inputs, labels, outputs))
+        y = jnp.einsum(equation.text, x, kernel, precision=self.precision, out_sharding=out_sharding)
         if bias is None:
             return y
         sizes = dict(zip(labels, self.kernel_shape, strict=True))
-        return y + bias.reshape(tuple(sizes.get(label, 1) for label in outputs))
+        return y + fit_weights(bias.reshape(tuple(sizes.get(label, 1) for label in outputs)), y)
 
     def _check_parameters(self, equation: Equation) -> tuple[Labels, Labels]:
         """Labels of the kernel's axes, and those of them that are outputs; an error unless the shapes fit them."""
@@ -231,8 +235,8 @@ class Einsum(Module):
             )
         return labels, shared
 
-    def _check_inputs(self, equation: Equation, inputs: jax.Array, kernel: Labels) -> Labels:
-        """Labels of the outputs' axes; an error unless `inputs` fit the equation and the kernel's labels."""
+    def _check_inputs(self, equation: Equation, inputs: jax.Array, kernel: Labels) -> tuple[Labels, Labels]:
+        """Labels of the axes of `inputs` and of the outputs; an error unless `inputs` fit equation and kernel."""
         sizes = dict(zip(kernel, self.kernel_shape, strict=True))
         labels = expand(equation.inputs, inputs.ndim)
         fits = labels is not None
@@ -248,4 +252,4 @@ class Einsum(Module):
                 f"{type(self).__name__}: expected `inputs` of shape [{wanted}] (einsum_str={equation.text!r},"
                 f" kernel_shape={self.kernel_shape}), got {tuple(inputs.shape)}"
             )
-        return _spell_out(equation.outputs, max(_count_hidden(labels), _count_hidden(kernel)))
+        return labels, _spell_out(equation.outputs, max(_count_hidden(labels), _count_hidden(kernel)))

@@ -8,13 +8,28 @@ weights' axes are those of the outputs, and sums over split axes are reduced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-__all__ = ["fit_weights", "is_explicit", "lead", "like", "product", "rows", "spec_of", "whole"]
+__all__ = [
+    "contraction",
+    "convolve",
+    "fit_weights",
+    "is_explicit",
+    "lead",
+    "like",
+    "product",
+    "reordered",
+    "rows",
+    "spec_of",
+    "whole",
+]
 
 
 def is_explicit(x: Any) -> bool:
@@ -55,6 +70,70 @@ def product(x: jax.Array, kernel: jax.Array, axes: tuple[int, ...]) -> tuple[jax
     return moved, PartitionSpec(*(entry for i, entry in enumerate(mine) if i not in axes), *outputs)
 
 
+def contraction(
+    x: jax.Array,
+    kernel: jax.Array,
+    labels: tuple[Sequence[str], Sequence[str], Sequence[str]],
+) -> tuple[jax.Array, PartitionSpec]:
+    """The kernel as it has to be split for an einsum with `x`, and how the outputs are split.
+
+    Args:
+        x: the inputs.
+        kernel: the weights.
+        labels: of the axes of the inputs, of the kernel and of the outputs.
+    """
+    mine = {label: entry for label, entry, size in zip(labels[0], spec_of(x), x.shape, strict=True) if size > 1}
+    used = _axes(spec_of(x))
+    theirs = {}
+    for label, entry, size in zip(labels[1], spec_of(kernel), kernel.shape, strict=True):
+        theirs[label] = None if size == 1 else mine[label] if label in mine else _without(entry, used)
+    moved = _moved(kernel, [theirs[label] for label in labels[1]])
+    return moved, PartitionSpec(*(mine[label] if label in mine else theirs.get(label) for label in labels[2]))
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, dimensions: lax.ConvDimensionNumbers, groups: int = 1, **options: Any
+) -> jax.Array:
+    """`lax.conv_general_dilated`, with the kernel split as a product's.
+
+    Args:
+        x: the inputs.
+        kernel: the weights.
+        dimensions: the axes of inputs, kernel and outputs, as numbers.
+        groups: the number of groups of features. A kernel of several is gathered: what JAX does with it in a gradient
+            cuts across the shards.
+        **options: the other arguments of `lax.conv_general_dilated`, by name.
+    """
+    options |= {"dimension_numbers": dimensions, "feature_group_count": groups}
+    if not is_explicit(x) and not is_explicit(kernel):
+        return lax.conv_general_dilated(x, kernel, **options)
+    (_, x_in, *_), (kernel_out, kernel_in, *_), (_, out_features, *_) = dimensions
+    mine, theirs = spec_of(x), spec_of(kernel)
+    found = jax.eval_shape(
+        lambda x, kernel: lax.conv_general_dilated(x, kernel, **options), *map(_unsplit, (x, kernel))
+    )
+    weights: list[Any] = [None] * kernel.ndim
+    if groups == 1:
+        weights[kernel_in], weights[kernel_out] = mine[x_in], _without(theirs[kernel_out], _axes(mine))
+    out: list[Any] = [None] * x.ndim
+    for source, target in zip(dimensions.lhs_spec, dimensions.out_spec, strict=True):
+        out[target] = mine[source]
+    # A strided or unpadded convolution may leave a size that the mesh does not divide.
+    out[out_features] = weights[kernel_out] if groups == 1 else mine[x_in]
+    out = [_dividing(entry, size, x) for entry, size in zip(out, found.shape, strict=True)]
+    return lax.conv_general_dilated(x, _moved(kernel, weights), **options, out_sharding=PartitionSpec(*out))
+
+
+def _unsplit(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _dividing(entry: Any, size: int, like: jax.Array) -> Any:
+    """The mesh axes of a dimension, or None if they do not divide its size."""
+    sizes = jax.typeof(like).sharding.mesh.shape
+    return None if size % math.prod(sizes[axis] for axis in _axes([entry])) else entry
+
+
 def fit_weights(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Weights that broadcast against the last axes of `x`, split as these are."""
     if not is_explicit(x) or not is_explicit(weights):
@@ -87,3 +166,12 @@ def rows(table: jax.Array, indices: jax.Array) -> jax.Array:
     moved = _moved(table, [_without(entry, used) for entry in spec_of(table)])
     out = PartitionSpec(*spec_of(indices), *spec_of(moved)[1:])
     return moved.at[indices].get(mode="fill", out_sharding=out)
+
+
+def reordered(x: jax.Array, order: jax.Array) -> jax.Array:
+    """`jnp.take(x, order, axis=0)`, split as `x` is: rows go from device to device."""
+    if not is_explicit(x):
+        return jnp.take(x, order, axis=0)
+    first, *rest = spec_of(x)
+    out = PartitionSpec(_dividing(first, order.shape[0], x), *rest)
+    return x.at[whole(order)].get(mode="fill", out_sharding=out)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from nnx.core import Cache, Module, ShapeError
 from nnx.core.transforms._abstract import is_checked
+from nnx.layers._explicit import reordered
 
 __all__ = ["CacheFullError", "append", "init_cache", "new_cache", "reorder_cache", "reset_cache"]
 
@@ -78,14 +79,19 @@ def append(
     elif is_checked():
         checkify.check(jnp.logical_not(full.any()), message + " {end}", end=end.max())
     positions = index[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-    rows = jnp.broadcast_to(jnp.arange(batch)[:, None], positions.shape)
     # What has no room, and what does not count, is written nowhere.
     counted = jnp.arange(length, dtype=jnp.int32)[None] < added[:, None]
     target = jnp.where(counted, positions, room)
-    layer.cached_key = layer.cached_key.at[rows, target].set(key.astype(layer.cached_key.dtype), mode="drop")
-    layer.cached_value = layer.cached_value.at[rows, target].set(value.astype(layer.cached_value.dtype), mode="drop")
+    layer.cached_key = _write(layer.cached_key, target, key)
+    layer.cached_value = _write(layer.cached_value, target, value)
     layer.cache_index = end
     return positions, jnp.logical_not(full)
+
+
+@jax.vmap
+def _write(row: jax.Array, target: jax.Array, new: jax.Array) -> jax.Array:
+    # Row by row and not by the numbers of the rows: which device has what is then plain from the types alone.
+    return row.at[target].set(new.astype(row.dtype), mode="drop")
 
 
 def _caching(model: Module) -> list[Any]:
@@ -164,4 +170,4 @@ def reorder_cache(model: Module, rows: jax.Array) -> None:
     for layer in _caching(model):
         if hasattr(layer, "cache_index"):
             for name in ("cached_key", "cached_value", "cache_index"):
-                setattr(layer, name, jnp.take(getattr(layer, name), rows, axis=0))
+                setattr(layer, name, reordered(getattr(layer, name), rows))

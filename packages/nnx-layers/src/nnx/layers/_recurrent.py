@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nnx.core import Context, Module, ModuleDef, ShapeError, State
-from nnx.layers._explicit import lead
+from nnx.layers._explicit import lead, like
 from nnx.layers._recurrent_cells import Carry
 
 __all__ = ["RNN", "Bidirectional"]
@@ -159,6 +159,7 @@ def _scan(
     def step(carry: Carry, now: tuple[jax.Array, jax.Array | None]) -> tuple[Carry, Any]:
         x, valid = now
         new, y = cell(carry, x)
+        new = jax.tree.map(like, new, carry)  # on explicit axes, a loop wants the carry to stay where it is
         if valid is not None:
             new = jax.tree.map(lambda new, old: _where(valid, new, old), new, carry)
         return new, y

@@ -1,0 +1,130 @@
+"""Explicit axes: every layer gives what it gives on one device, forward and backward, however its inputs are split."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.sharding.eight import MESHES, make_mesh, needs_devices, put
+
+import nnx
+
+BATCH = (("data", "fsdp"),)
+SPLIT = {"conv_in": "fsdp", "conv_out": "tensor", "in": "fsdp", "out": "tensor"}
+PERIODIC = {"strides": 2, "padding": "CIRCULAR"}
+EXPERTS = nnx.with_logical_partitioning(nnx.initializers.lecun_normal(), ("batch", None, "mlp"))
+
+# For each the layer, the shape of its inputs, how these are split, and how its outputs are.
+LAYERS = {
+    "rnn": (lambda ctx: nnx.RNN(nnx.OptimizedLSTMCell(16, 16, ctx=ctx)), (8, 6, 16), BATCH, (*BATCH, None, "tensor")),
+    "attention": (
+        lambda ctx: nnx.MultiHeadAttention(4, 16, num_kv_heads=2, normalize_qk=True, rotary=True, ctx=ctx),
+        (8, 6, 16),
+        BATCH,
+        BATCH,
+    ),
+    "group_norm": (lambda ctx: nnx.GroupNorm(16, num_groups=4, ctx=ctx), (8, 6, 16), BATCH, BATCH),
+    "weight_norm": (lambda ctx: nnx.WeightNorm(nnx.Linear(16, 8, ctx=ctx), ctx=ctx), (8, 6, 16), BATCH, None),
+    "lora": (lambda ctx: nnx.LoRALinear(16, 8, lora_rank=2, ctx=ctx), (8, 6, 16), BATCH, (*BATCH, None, "tensor")),
+    "conv": (lambda ctx: nnx.Conv(8, 16, (3,), ctx=ctx), (8, 6, 8), BATCH, (*BATCH, None, "tensor")),
+    # What is split over the mesh axis of the outputs takes it away from them, and is summed over.
+    "conv of split features": (
+        lambda ctx: nnx.Conv(8, 16, (3,), ctx=ctx),
+        (8, 6, 8),
+        ("data", None, "tensor"),
+        ("data",),
+    ),
+    "masked 2-d conv": (
+        lambda ctx: nnx.Conv(8, 16, (3, 3), mask=np.eye(16)[:8] * np.ones((3, 3, 1, 1)), **PERIODIC, ctx=ctx),
+        (8, 6, 6, 8),
+        BATCH,
+        (*BATCH, None, None, "tensor"),
+    ),
+    "transposed": (
+        lambda ctx: nnx.ConvTranspose(8, 16, (3,), transpose_kernel=True, **PERIODIC, ctx=ctx),
+        (8, 6, 8),
+        BATCH,
+        (*BATCH, None, "tensor"),
+    ),
+    "einsum": (
+        lambda ctx: nnx.Einsum("...a,hab->...hb", (4, 8, 6), (4, 6), ctx=ctx),
+        (8, 6, 8),
+        BATCH,
+        (*BATCH, None, "tensor"),
+    ),
+    "einsum of split features": (
+        lambda ctx: nnx.Einsum("...a,ab->...b", (8, 16), (16,), ctx=ctx),
+        (8, 6, 8),
+        ("data", None, "tensor"),
+        ("data",),
+    ),
+    "einsum of experts": (
+        lambda ctx: nnx.Einsum("ebd,edf->ebf", (4, 8, 6), (4, 6), kernel_init=EXPERTS, ctx=ctx),
+        (4, 6, 8),
+        BATCH,
+        (*BATCH, None, "tensor"),
+    ),
+}
+
+
+@nnx.jit
+def forward_and_backward(model, x):
+    grads = nnx.grad(lambda model, x: (model(x) ** 2).sum(), argnums=(0, 1))(model, x)
+    return model(x), grads
+
+
+@needs_devices
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in LAYERS])
+def test_a_layer_is_that_of_one_device(name, rng):
+    make, shape, spec, out_spec = LAYERS[name]
+    mesh = make_mesh(MESHES["combined"], "explicit")
+    rules = nnx.sharding_rules("combined", mesh, **SPLIT)
+    x = rng.normal(size=shape).astype(np.float32)
+    expected, expected_grads = forward_and_backward(make(nnx.context(0)), x)
+    model = nnx.sharded_init(lambda: make(nnx.context(0)), mesh, rules)
+    with jax.set_mesh(mesh):
+        y, grads = forward_and_backward(model, put(x, mesh, *spec))
+    np.testing.assert_allclose(y, expected, rtol=2e-5, atol=1e-5)
+    if out_spec is not None:
+        assert y.sharding.is_equivalent_to(put(np.zeros(y.shape), mesh, *out_spec).sharding, y.ndim)
+    for found, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-4)
+    for found, kept in zip(grads[0].raw_values, model.filter(nnx.Param).raw_values, strict=True):
+        assert found.sharding.is_equivalent_to(kept.sharding, kept.ndim)
+
+
+@nnx.jit
+def extend(layer, x, lengths=None):
+    return layer(x, decode=True, lengths=lengths)
+
+
+def decoded(layer, x, lengths, place):
+    """What a cache gives after a prefill of rows of several lengths, a token, a reset and a change of order."""
+    outs = [extend(layer, place(x), place(lengths)), extend(layer, place(x[:, :1]))]
+    nnx.reset_cache(layer, place(np.arange(8) % 2 == 0))
+    nnx.reorder_cache(layer, place(np.array([1, 1, 0, 3, 2, 5, 4, 7])))
+    outs.append(extend(layer, place(x[:, 1:2])))
+    return outs, layer.cache_index
+
+
+@needs_devices
+@pytest.mark.parametrize("options", [{}, pytest.param({"local_window_size": 2}, marks=pytest.mark.slow)])
+def test_decoding_with_a_cache_is_that_of_one_device(options, rng):
+    def create():
+        layer = nnx.MultiHeadAttention(
+            4, 16, num_kv_heads=2, normalize_qk=True, rotary=True, ctx=nnx.context(0), **options
+        )
+        nnx.init_cache(layer, batch=8, max_length=10)
+        return layer
+
+    mesh = make_mesh(MESHES["combined"], "explicit")
+    x, lengths = rng.normal(size=(8, 5, 16)).astype(np.float32), rng.integers(0, 6, 8)
+    expected, index = decoded(create(), x, lengths, jnp.asarray)
+    layer = nnx.sharded_init(create, mesh, nnx.sharding_rules("combined", mesh))
+    before = layer.cached_key.sharding
+    assert tuple(before.spec) == (("data", "fsdp"), None, "tensor", None)
+    with jax.set_mesh(mesh):
+        found, found_index = decoded(layer, x, lengths, lambda array: put(array, mesh, *BATCH))
+    for y, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=2e-5, atol=1e-5)
+    np.testing.assert_array_equal(found_index, index)
+    assert layer.cached_key.sharding.is_equivalent_to(before, 4)
