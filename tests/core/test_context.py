@@ -590,6 +590,44 @@ def test_a_stream_can_be_made_on_its_own():
     assert draws(ctx, "dropout", 1) == draws(nnx.context(dropout=3), "dropout", 1)
 
 
+def test_streams_made_on_their_own_differ_by_the_names_that_they_are_given():
+    ctx = nnx.Context({"a": nnx.RngStream(3), "b": nnx.RngStream(3), "c": nnx.RngStream(3, name="a")})
+    assert draws(ctx, "a", 2) == draws(nnx.context(a=3), "a", 2) == draws(ctx, "c", 2)
+    assert draws(ctx, "b", 2) == draws(nnx.context(b=3), "b", 2)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+def test_copies_of_a_stream_without_a_name_are_given_one_too(copied):
+    ctx = nnx.Context({"a": copied(nnx.RngStream(3, count=1))})
+    assert draws(ctx, "a", 1) == draws(nnx.context(a=3), "a", 2)[1:]
+    again = nnx.Context({"b": copied(ctx.rngs["a"])})  # its name is folded in already
+    assert draws(again, "b", 1) == draws(nnx.context(a=3), "a", 3)[2:]
+
+
+def test_a_stream_of_an_outer_trace_is_given_no_name():
+    stream = nnx.RngStream(3)
+    with pytest.raises(nnx.TraceContextError, match="cannot write `RngStream 'a'` here"):
+        jax.jit(lambda: nnx.Context({"a": stream}).partition()[0])()
+    assert draws(nnx.Context({"a": stream}), "a", 1) == draws(nnx.context(a=3), "a", 1)
+
+
+def test_a_draw_folds_in_the_count_and_nothing_else():
+    """The name is in the key already, so that a draw costs what it costs by hand."""
+
+    state, definition = nnx.context(a=0).partition()
+    jaxpr = jax.make_jaxpr(lambda state: definition.merge(state).make_rng("a"))(state)
+    assert str(jaxpr).count("random_fold_in") == 1
+
+
+def test_keys_along_an_axis():
+    """A Context of many keys, for a transform of raw JAX to take apart."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    state, definition = nnx.context(a=keys).partition()
+    states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, 3), state)
+    drawn = jax.vmap(lambda state: definition.merge(state).make_rng("a"))(states)
+    assert [data(key) for key in drawn] == [draws(nnx.context(a=key), "a", 1)[0] for key in keys]
+
+
 def test_a_stream_that_starts_later():
     ctx = nnx.Context({"dropout": nnx.RngStream(3, count=2)})
     assert draws(ctx, "dropout", 1) == draws(nnx.context(dropout=3), "dropout", 3)[2:]

@@ -103,6 +103,22 @@ def test_streams():
 
 
 @needs_devices
+def test_what_a_shard_draws_is_no_part_of_what_its_stream_draws_outside():
+    """A key is split by folding in numbers, as a stream is drawn from: shard 2 must not start from draw number 2."""
+
+    def draw(ctx):
+        return jnp.stack([jax.random.key_data(ctx.make_rng("noise")) for _ in range(3)])[None]
+
+    ctx = nnx.context(noise=0)
+    keys = nnx.shard_map(draw, mesh=mesh("data"), in_specs=P(), out_specs=P("data"), split_rngs="data")(ctx)
+    fresh = nnx.context(noise=0)
+    outside = [jax.random.split(fresh.make_rng("noise"), 3) for _ in range(4)]
+    inside = {tuple(key) for key in np.asarray(keys).reshape(-1, 2).tolist()}
+    assert len(inside) == 12
+    assert not inside & {tuple(key) for split in outside for key in jax.random.key_data(split).tolist()}
+
+
+@needs_devices
 def test_a_shared_variable_with_values_that_differ_is_refused():
     def bad(net, x):
         net.mean = (x @ net.w).mean(0)

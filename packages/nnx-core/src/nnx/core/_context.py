@@ -20,14 +20,22 @@ from nnx.core._object import Object, check_object_trace
 from nnx.core._state import State, check_part, path_text
 from nnx.core._tracing import current_trace
 from nnx.core._update import update_values
-from nnx.core._variable import NO_METADATA, Cell, check_cell_trace, set_metadata, set_owned, set_trace
+from nnx.core._variable import NO_METADATA, Cell, check_cell_trace, new_cell, set_metadata, set_owned, set_trace
 
 __all__ = ["Context", "ContextDef", "RngStream", "context"]
 
 
 @functools.partial(jax.jit, inline=True)
-def _draw(key: Any, name: Any, count: Any, drawn: Any) -> Any:
-    return jax.random.fold_in(jax.random.fold_in(key, name), count + drawn)
+def _draw(key: Any, count: Any, drawn: Any) -> Any:
+    return jax.random.fold_in(key, count + drawn)
+
+
+@functools.partial(jax.jit, inline=True)
+def _fold_name(key: Any, code: Any) -> Any:
+    fold = jax.random.fold_in
+    for _ in range(key.ndim):  # keys along an axis, which a transform will take apart
+        fold = jax.vmap(fold, (0, None))
+    return fold(key, code)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -36,6 +44,11 @@ def _name_code(name: str) -> np.uint32:
 
 
 _ZERO = np.uint32(0)
+
+
+def _named(key: Any, name: str) -> Any:
+    """The key of a stream of that name: folded in once, here, and not at each draw."""
+    return key if isinstance(key, jax.ShapeDtypeStruct) else _fold_name(key, _name_code(name))
 
 
 def _as_key(seed: Any, name: str) -> Any:
@@ -60,13 +73,15 @@ class RngStream(Cell):
 
     The count is data: it is an input of compiled functions, so a stream that has advanced compiles nothing anew.
 
+    `key[n] = fold_in(fold_in(seed, crc32(name)), n)`
+
     Args:
         seed: an integer, a typed key, or a raw uint32 key.
         count: keys drawn so far.
-        name: what an error calls the stream.
+        name: the stream's name. Without one, the first Context that is given the stream folds in the name it has there.
     """
 
-    __slots__ = ("_count", "_drawn", "_key")
+    __slots__ = ("_count", "_drawn", "_key", "_nameless")
 
     collection = "rngs"
 
@@ -76,12 +91,24 @@ class RngStream(Cell):
     _key: Any
     _count: Any
     _drawn: int
+    _nameless: bool
+    """Whether no name is folded into the key yet; not set on what comes out of a State or a trace."""
 
-    def __init__(self, seed: Any, count: int = 0, *, name: str = "stream") -> None:
+    def __init__(self, seed: Any, count: int = 0, *, name: str | None = None) -> None:
         set_metadata(self, NO_METADATA)
         set_owned(self, False)
         set_trace(self, current_trace())
-        self._value = (_as_key(seed, name), count)
+        self._value = (_as_key(seed, name or "stream"), count)
+        self._nameless = True
+        if name is not None:
+            self.give_name(name)
+
+    def give_name(self, name: str) -> None:
+        """Fold the name in, unless one is."""
+        if getattr(self, "_nameless", False):
+            check_cell_trace(self, f"RngStream {name!r}")
+            self._key = _named(self._key, name)
+            self._nameless = False
 
     @property
     def _value(self) -> Any:  # type: ignore[override]
@@ -105,7 +132,7 @@ class RngStream(Cell):
 
     @property
     def key(self) -> Any:
-        """The base key."""
+        """The base key, in which the stream's name is folded in."""
         return self._key
 
     @property
@@ -122,27 +149,38 @@ class RngStream(Cell):
         """Draw a key.
 
         Args:
-            name: the stream's name, folded into the key.
+            name: what an error calls the stream.
 
         Raises:
             TraceContextError: the stream was made in another trace.
         """
         if self._trace is not current_trace():
             check_cell_trace(self, f"RngStream {name!r}")
-        key = self.peek(name)
+        key = self.peek()
         self._drawn += 1
         return key
 
-    def peek(self, name: str = "") -> jax.Array:
+    def peek(self) -> jax.Array:
         """The key that `next` will give, without drawing it."""
         if isinstance(self._count, int):
             count = np.uint32((self._count + self._drawn) & 0xFFFFFFFF)
-            return _draw(self._key, _name_code(name), count, _ZERO)  # type: ignore[no-any-return]
-        return _draw(self._key, _name_code(name), self._count, np.uint32(self._drawn))  # type: ignore[no-any-return]
+            return _draw(self._key, count, _ZERO)  # type: ignore[no-any-return]
+        return _draw(self._key, self._count, np.uint32(self._drawn))  # type: ignore[no-any-return]
 
     def advance(self, keys: int) -> None:
         """Count keys as drawn."""
         self._drawn += keys
+
+    def __copy__(self) -> RngStream:
+        copied: RngStream = new_cell(RngStream, self._value)
+        copied._nameless = getattr(self, "_nameless", False)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RngStream:
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (RngStream, self._value) if getattr(self, "_nameless", False) else super().__reduce__()
 
     def __repr__(self) -> str:
         count = self._count + self._drawn if isinstance(self._count, int) else self._count
@@ -200,6 +238,7 @@ class Context(Object):
         for name, seed in (rngs or {}).items():
             check_part(name)
             stream = seed if isinstance(seed, RngStream) else RngStream(seed, name=name)
+            stream.give_name(name)
             set_owned(stream, True)
             cells[name] = stream
         for name in flags or {}:
@@ -305,7 +344,7 @@ class Context(Object):
         update_values(self, [state])
 
     def __copy__(self) -> Context:
-        return Context({name: _copy_stream(stream) for name, stream in self._nnx.cells.items()}, flags=self.flags)
+        return Context({name: stream.__copy__() for name, stream in self._nnx.cells.items()}, flags=self.flags)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         memo[id(self)] = copied = self.__copy__()
@@ -318,12 +357,6 @@ class Context(Object):
         streams = ", ".join(f"{name}={stream!r}" for name, stream in self._nnx.cells.items())
         flags = f"flags={dict(self.__dict__['_flags'])!r}" if self.__dict__["_flags"] else ""
         return f"Context({', '.join(part for part in (streams, flags) if part)})"
-
-
-def _copy_stream(stream: Any) -> RngStream:
-    copied = RngStream(stream._key)
-    copied._value = stream._value
-    return copied
 
 
 def _unpickle_context(cells: dict[str, Any], flags: Any) -> Context:

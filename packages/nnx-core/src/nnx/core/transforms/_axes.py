@@ -262,7 +262,7 @@ class Split:
                 cell: Any = layout.cells[position]
                 check_cell_trace(cell, f"RngStream {name!r}")
                 self._cells.append(cell)
-                self.keys[root, position] = jax.random.split(cell.peek(name), size)
+                self.keys[root, position] = jax.random.split(cell.peek(), size)
 
     def finish(self) -> None:
         """Count the draws."""

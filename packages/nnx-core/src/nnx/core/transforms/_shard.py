@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -26,6 +27,8 @@ __all__ = ["shard_map"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_SHARDS = zlib.crc32(b"shards")
 
 
 class _Plan:
@@ -251,8 +254,10 @@ class _Sharded:
         result = []
         for (_, kind, _), value in zip(entries, values, strict=True):
             if issubclass(kind, RngStream):
+                # Not folded in as it is: the index 3 would give the key that is the stream's own draw number 3.
+                apart = jax.random.fold_in(value[0], _SHARDS)
                 key = functools.reduce(
-                    lambda key, name: jax.random.fold_in(key, jax.lax.axis_index(name)), self.folded, value[0]
+                    lambda key, name: jax.random.fold_in(key, jax.lax.axis_index(name)), self.folded, apart
                 )
                 result.append((key, value[1]))
             else:
