@@ -230,18 +230,19 @@ def make_mlps(depth: int, width: int) -> dict[str, Side]:
 
 
 def flax_layer(
-    make: Callable[[Any, Any], Any], call: Callable[[Any, jax.Array], Any]
-) -> tuple[Any, Callable[[Any, Any], Any]]:
-    """The parameters of a layer, and a function of them and of the input that gives the output and the statistics."""
-    module = make(flax_nnx, flax_nnx.Rngs(0))
-    graphdef, params, rest = flax_nnx.split(module, flax_nnx.Param, ...)
+    make: Callable[[Any, Any], Any], call: Callable[..., Any], *, draws: bool
+) -> tuple[Any, Any, Callable[..., Any]]:
+    """The parameters of a layer, its random streams, and what they and the input give: output, statistics, streams."""
+    graphdef, params, rest = flax_nnx.split(make(flax_nnx, flax_nnx.Rngs(0)), flax_nnx.Param, ...)
+    streamsdef, streams = flax_nnx.split(flax_nnx.Rngs(dropout=1) if draws else flax_nnx.Rngs())
 
-    def run(params: Any, x: jax.Array) -> Any:
-        merged = flax_nnx.merge(graphdef, params, rest, copy=True)
-        out = call(merged, x)
-        return out, flax_nnx.state(merged, flax_nnx.BatchStat)
+    def run(params: Any, streams: Any, x: jax.Array) -> Any:
+        module = flax_nnx.merge(graphdef, params, rest, copy=True)
+        rngs = flax_nnx.merge(streamsdef, streams, copy=True)
+        out = call(module, x, **({"rngs": rngs} if draws else {}))
+        return out, (flax_nnx.state(module, flax_nnx.BatchStat), flax_nnx.state(rngs))
 
-    return params, run
+    return params, streams, run
 
 
 class FlaxDecoderBlock(flax_nnx.Module):

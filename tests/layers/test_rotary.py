@@ -85,3 +85,17 @@ def test_attention_depends_on_distances_alone(rng):
     assert not np.allclose(layer(x, positions=2 * jnp.arange(6)), layer(x), atol=1e-3)
     gradient = jax.grad(lambda x: (layer(x) ** 2).sum())(x)
     assert np.isfinite(gradient).all()
+
+
+def test_positions_count_from_zero_where_none_are_given(normal):
+    x, rotary = normal(2, 5, 2, 4), nnx.RotaryEmbedding(4)
+    np.testing.assert_array_equal(rotary(x), rotary(x, jnp.arange(5)))
+
+
+def test_attention_gives_a_rotary_of_ones_own_the_positions_as_integers(init):
+    class Table(nnx.RotaryEmbedding):
+        def __call__(self, x, positions):
+            return x * jnp.arange(1.0, 9.0)[positions][:, None, None]
+
+    layer = nnx.MultiHeadAttention(2, 8, kernel_init=init, rotary=Table(4), ctx=nnx.context(0))
+    assert layer(jnp.ones((5, 8))).shape == (5, 8)

@@ -308,7 +308,10 @@ class MultiHeadAttention(Module):
         fresh: Any = new_cache(batch, max_length, self.num_kv_heads, self.head_dim, dtype)
         self.cached_key, self.cached_value, self.cache_index = fresh
 
-    def _positions(self, x: jax.Array, decoding: bool) -> jax.Array:
+    def _positions(self, x: jax.Array, decoding: bool) -> jax.Array | None:
+        """The positions for `rotary`, or None for one that counts by itself."""
+        if not decoding and type(self.rotary) is RotaryEmbedding:
+            return None
         steps = jnp.arange(x.shape[-3], dtype=jnp.int32)
         return self.cache_index[:, None] + steps[None] if decoding else steps
 

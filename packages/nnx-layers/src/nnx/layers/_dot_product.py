@@ -197,13 +197,18 @@ def _weights(
     *batch, length, heads, head_dim = query.shape
     key_length, kv_heads = key.shape[-3:-1]
     work = statistics_dtype(query.dtype)
+    # Of the two the query is the smaller where a sequence is longer than a head is wide, but half precision rounds.
+    scale_query = query.dtype == work
+    if scale_query:
+        query = query * scale
     if heads == kv_heads:
         logits = jnp.einsum("...tnh,...snh->...nts", query, key, precision=precision, preferred_element_type=work)
     else:
         grouped = query.reshape(*batch, length, kv_heads, heads // kv_heads, head_dim)
         logits = jnp.einsum("...tkgh,...skh->...kgts", grouped, key, precision=precision, preferred_element_type=work)
         logits = logits.reshape(*batch, heads, length, key_length)
-    logits = logits * scale
+    if not scale_query:
+        logits = logits * scale
     if bias is not None:
         logits = logits + bias.astype(work)
     if is_causal or window is not None:

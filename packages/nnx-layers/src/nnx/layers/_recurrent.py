@@ -123,8 +123,10 @@ class RNN(Module):
             batch = range(1, x.ndim - features)
             carry = jax.tree.map(lambda leaf: lead(leaf, x, batch), cell.initialize_carry(x.shape[1:], ctx))
         state, definition = cell.partition()
-        carry, outputs = _scan(definition, state, carry, x, valid, reverse, self.unroll)
-        if valid is not None:
+        # The carry need not stay what it was at the end if nothing comes after it that is kept.
+        keep = valid if return_carry or reverse else None
+        carry, outputs = _scan(definition, state, carry, x, keep, reverse, self.unroll)
+        if valid is not None and keep is None:
             outputs = jax.tree.map(lambda y: _where(valid, y, 0), outputs)
         if reverse and not keep_order:
             outputs = jax.tree.map(lambda y: _flip(y, seq_lengths), outputs)
@@ -153,7 +155,10 @@ def _scan(
     reverse: bool,
     unroll: int,
 ) -> tuple[Carry, Any]:
-    """The last carry and the outputs, time first, of a loop over `xs`, in which the carry stays where not `valid`."""
+    """The last carry and the outputs, time first, of a loop over `xs`.
+
+    Where not `valid`, the carry stays and outputs are 0.
+    """
     cell: Any = definition.merge(state)
 
     def step(carry: Carry, now: tuple[jax.Array, jax.Array | None]) -> tuple[Carry, Any]:
@@ -162,6 +167,7 @@ def _scan(
         new = jax.tree.map(like, new, carry)  # on explicit axes, a loop wants the carry to stay where it is
         if valid is not None:
             new = jax.tree.map(lambda new, old: _where(valid, new, old), new, carry)
+            y = jax.tree.map(lambda y: _where(valid, y, 0), y)
         return new, y
 
     # A loop wants the carry to keep its shapes and dtypes. A first carry narrower than what is computed is widened.
@@ -277,13 +283,12 @@ class Bidirectional(Module):
         first, second = (None, None) if initial_carry is None else initial_carry
         options: dict[str, Any] = {
             "seq_lengths": seq_lengths,
-            "return_carry": True,
+            "return_carry": return_carry,
             "time_major": time_major,
             "ctx": ctx,
         }
-        forward_carry, forward = self.forward_rnn(inputs, initial_carry=first, reverse=False, **options)
-        backward_carry, backward = self.backward_rnn(
-            inputs, initial_carry=second, reverse=True, keep_order=True, **options
-        )
-        outputs = jax.tree.map(self.merge_fn, forward, backward)
-        return ((forward_carry, backward_carry), outputs) if return_carry else outputs
+        forward = self.forward_rnn(inputs, initial_carry=first, reverse=False, **options)
+        backward = self.backward_rnn(inputs, initial_carry=second, reverse=True, keep_order=True, **options)
+        if not return_carry:
+            return jax.tree.map(self.merge_fn, forward, backward)
+        return (forward[0], backward[0]), jax.tree.map(self.merge_fn, forward[1], backward[1])

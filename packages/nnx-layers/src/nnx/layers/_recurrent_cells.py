@@ -312,7 +312,8 @@ class GRUCell(_OneState):
         r, z = gate(r_i + r_h), gate(z_i + z_h)
         n = activation(n_i + r * n_h)
         wide = widest(carry, n)
-        h = (1 - z).astype(wide) * n.astype(wide) + z.astype(wide) * carry.astype(wide)
+        # The mixture with one product where its formula has two.
+        h = n.astype(wide) + z.astype(wide) * (carry.astype(wide) - n.astype(wide))
         return h, h.astype(n.dtype)
 
 

@@ -68,12 +68,12 @@ class RotaryEmbedding(Module):
         self.scaling_factor = scaling_factor
         self.scaling = scaling
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Turn the features of queries or keys.
 
         Args:
             x: [*batch, length, heads, head_dim], `head_dim` at least `rotary_dim`.
-            positions: integers that broadcast to [*batch, length].
+            positions: integers that broadcast to [*batch, length]; `None` counts from 0 along the length.
 
         Returns:
             An array like `x`.
@@ -87,6 +87,8 @@ class RotaryEmbedding(Module):
                 f"{self.rotary_dim}, got {tuple(x.shape)}"
             )
         places = x.shape[:-2]
+        if positions is None:
+            positions = jnp.arange(places[-1], dtype=jnp.float32)  # as integers they would be converted at each use
         given = positions.shape
         if len(given) > len(places) or any(
             size not in (1, full) for size, full in zip(given[::-1], places[::-1], strict=False)

@@ -91,6 +91,18 @@ def _unit(x: jax.Array, axes: tuple[int, ...] | None, epsilon: float) -> jax.Arr
     return x * lax.rsqrt(jnp.sum(x * x, axis=axes, keepdims=True) + epsilon)
 
 
+@jax.custom_jvp
+def _largest(matrix: Any, v: Any, u: Any, sigma: jax.Array) -> jax.Array:  # noqa: ARG001 - for the rule below
+    """`v matrix u^T`, which is known to be `sigma`; no gradient goes through the others."""
+    return sigma
+
+
+@_largest.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    _, v, u, sigma = primals
+    return sigma, (v @ tangents[0] @ u.T)[0, 0]
+
+
 class WeightNorm(_WeightNorm):
     """A layer whose weights are split into length and direction: `w = scale * v / |v|`.
 
@@ -290,13 +302,15 @@ class SpectralNorm(_WeightNorm):
         work = statistics_dtype(param.dtype)
         matrix = param.astype(work).reshape(-1, param.shape[-1])
         fixed = lax.stop_gradient(matrix)
-        u = before = stats.u.astype(work)
-        v = None
+        u = v = before = stats.u.astype(work)
+        square = inverse = jnp.ones((), work)
         for _ in range(self.n_steps):
             v = _unit(u @ fixed.T, None, self.epsilon)
-            u = _unit(v @ fixed, None, self.epsilon)
-        assert v is not None
-        sigma = (v @ matrix @ u.T)[0, 0]
+            u = v @ fixed
+            square = jnp.sum(u * u)
+            inverse = lax.rsqrt(square + self.epsilon)
+            u = u * inverse
+        sigma = _largest(matrix, v, u, square * inverse)  # for the last `u` before its division is `v w`
         known = sigma > 0
         if update:
             # A matrix of zeros has no direction: the next one would start from `u = 0` and never leave it.
