@@ -109,7 +109,7 @@ nnx.scan(Model, length=3)(4)  # type: ignore[call-arg]
 assert_type(nnx.cond(True, loss, loss, model, x), jax.Array)
 assert_type(nnx.switch(1, [loss, loss], model, x), jax.Array)
 assert_type(nnx.while_loop(lambda v: v[1] < 3, lambda v: (v[0], v[1] + 1), (model, 0)), tuple[Model, int])
-assert_type(nnx.fori_loop(0, 3, lambda i, v: v + i, x), jax.Array)
+assert_type(nnx.fori_loop(0, 3, lambda i, v: jnp.multiply(v, i), x), jax.Array)
 assert_type(nnx.remat(loss)(model, x), jax.Array)
 nnx.remat(loss, policy=jax.checkpoint_policies.dots_saveable)(model)  # type: ignore[call-arg]
 

@@ -53,10 +53,11 @@ from nnx.core._variable import (
     with_metadata,
 )
 from nnx.core.transforms._abstract import checkify, eval_shape, make_jaxpr
-from nnx.core.transforms._autodiff import grad, hessian, jacfwd, jacrev, jvp, value_and_grad, vjp
+from nnx.core.transforms._autodiff import grad, jvp, value_and_grad, vjp
 from nnx.core.transforms._axes import PARTITION_NAME
 from nnx.core.transforms._branch import cond, switch
 from nnx.core.transforms._custom import custom_vjp
+from nnx.core.transforms._jacobians import hessian, jacfwd, jacrev
 from nnx.core.transforms._jit import jit
 from nnx.core.transforms._loops import fori_loop, while_loop
 from nnx.core.transforms._map import vmap

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 from nnx.core._assign import assign, container_leaves
 from nnx.core._errors import AttributeKindError, NnxError
 from nnx.core._module import Module
 from nnx.core._object import Object, class_attribute
 from nnx.core._state import natural_key
+from nnx.core._variable import A
 
 __all__ = ["Dict", "Sequence", "to_container"]
-
-A = TypeVar("A")
 
 
 class Sequence(Module, MutableSequence[A], Generic[A]):
@@ -119,8 +118,9 @@ class Sequence(Module, MutableSequence[A], Generic[A]):
         for name in self._nnx_items():
             yield getattr(self, name)
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    if not TYPE_CHECKING:  # an assignment is no type
+        __eq__ = object.__eq__
+        __hash__ = object.__hash__
 
     def __call__(self, *args: Any, ctx: Any = None, **kwargs: Any) -> Any:
         """Call the items as a chain.
@@ -230,8 +230,9 @@ class Dict(Module, MutableMapping[str, A], Generic[A]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    if not TYPE_CHECKING:  # an assignment is no type
+        __eq__ = object.__eq__
+        __hash__ = object.__hash__
 
 
 def to_container(value: Any) -> Module | None:

@@ -43,7 +43,7 @@ class Filter:
 
     def __init__(self, key: Hashable, uses_node: bool) -> None:
         self._key = (type(self), key)
-        self.uses_node = uses_node
+        self.uses_node: bool = uses_node
 
     def match(self, path: Path, kind: type[Cell], node: Callable[[], Any]) -> bool:
         """Whether the node at `path` is selected.
@@ -153,7 +153,7 @@ class _Combined(Filter):
     __slots__ = ("filters",)
 
     def __init__(self, *filters: FilterLike) -> None:
-        self.filters = tuple(to_filter(item) for item in filters)
+        self.filters: tuple[Filter, ...] = tuple(to_filter(item) for item in filters)
         super().__init__(self.filters, any(item.uses_node for item in self.filters))
 
     def __repr__(self) -> str:
@@ -212,7 +212,7 @@ class PathGlob(Filter):
         if not isinstance(pattern, str) or not pattern:
             raise FilterError(f"PathGlob takes a pattern such as 'encoder/**/kernel', got {pattern!r}")
         super().__init__(pattern, False)
-        self.pattern = pattern
+        self.pattern: str = pattern
         self._pattern = _compile_glob(pattern)
 
     def match(self, path: Path, kind: type[Cell], node: Callable[[], Any]) -> bool:
@@ -249,7 +249,7 @@ class _Buffers(Filter):
         return "buffers"
 
 
-buffers = _Buffers()
+buffers: Filter = _Buffers()
 """Selects the arrays that are attributes of a Module without being in a Variable."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 
@@ -17,7 +17,13 @@ from nnx.core._variable import Buffer, Cell, Static, interning, new_cell, unshar
 
 __all__ = ["Graph", "ModuleDef", "build", "merge_states", "walk"]
 
-M = TypeVar("M")
+if TYPE_CHECKING:
+    import typing_extensions
+
+    # With a default, so that strict checkers take the bare class; Python itself has defaults since 3.13.
+    M = typing_extensions.TypeVar("M", default=Any)
+else:
+    M = TypeVar("M")
 
 # How an attribute is held.
 OBJECT, CELL, STATIC, METHOD = "object", "cell", "static", "method"

@@ -267,7 +267,7 @@ class Module(Object):
 
         return caller(run)
 
-    init = _Init()
+    init: ClassVar[_Init] = _Init()
 
     def is_initializing(self) -> bool:
         """Whether the call under way came through `module.init(...)`: parameters may be made from its inputs."""
@@ -443,7 +443,7 @@ class MutableLeaf:
 
     def __init__(self, cell: Cell, path: Path) -> None:
         self._cell = cell
-        self.path = path
+        self.path: Path = path
 
     @property
     def value(self) -> Any:

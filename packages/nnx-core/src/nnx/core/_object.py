@@ -68,11 +68,13 @@ class Object:
     _nnx_exposed: ClassVar[set[str] | None] = None
     """The names of cells that instances have as attributes, by `expose`; None if they never are."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        self = super().__new__(cls)
-        frame = sys._getframe(1)
-        object.__setattr__(self, "_nnx", Hidden((frame.f_code, frame.f_lineno)))
-        return self
+    if not TYPE_CHECKING:
+        # Hidden from type checkers, some of which take its arguments and result for those of every constructor.
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            self = super().__new__(cls)
+            frame = sys._getframe(1)
+            object.__setattr__(self, "_nnx", Hidden((frame.f_code, frame.f_lineno)))
+            return self
 
     def _nnx_children(self) -> Iterator[tuple[str, Any]]:
         """The attributes that belong to the graph, in natural order: Cells, Objects, and static values."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 
 from nnx.core._errors import FilterError, StructureError
 from nnx.core._filters import FilterLike
-from nnx.core._graph import ModuleDef, without_cells
+from nnx.core._graph import M, ModuleDef, without_cells
 from nnx.core._layout import layout_of, state_of
 from nnx.core._object import Object
 from nnx.core._state import State
 
 __all__ = ["Caller", "Pure", "PureModule", "caller", "states_of"]
 
-M = TypeVar("M")
-S = TypeVar("S")
+if TYPE_CHECKING:
+    import typing_extensions
+
+    # With a default, so that strict checkers take the bare class; Python itself has defaults since 3.13.
+    S = typing_extensions.TypeVar("S", default=Any)
+else:
+    S = TypeVar("S")
 
 
 class Caller:

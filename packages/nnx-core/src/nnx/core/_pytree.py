@@ -5,17 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 import jax
 
 from nnx.core._errors import AttributeKindError
 from nnx.core._nodes import is_node, register_node_type
-from nnx.core._variable import Static
+from nnx.core._variable import A, Static
 
 __all__ = ["Pytree", "TreeNode"]
-
-A = TypeVar("A")
 
 
 class TreeNode(Generic[A]):
@@ -72,13 +70,15 @@ register_node_type(TreeNode)
 
 
 class _PytreeMeta(abc.ABCMeta):
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        tree: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
-        tree.__dict__["_pytree_initializing"] = True
-        tree.__init__(*args, **kwargs)
-        # Gone only when the outermost __init__ has returned, so that a subclass may go on after super().__init__().
-        del tree.__dict__["_pytree_initializing"]
-        return tree
+    if not TYPE_CHECKING:
+        # Hidden from type checkers, some of which take its arguments and result for those of every constructor.
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            tree: Any = cls.__new__(cls, *args, **kwargs)
+            tree.__dict__["_pytree_initializing"] = True
+            tree.__init__(*args, **kwargs)
+            # Gone only when the outermost __init__ has returned, so that a subclass may go on after super().__init__().
+            del tree.__dict__["_pytree_initializing"]
+            return tree
 
 
 class Pytree(metaclass=_PytreeMeta):

@@ -8,7 +8,7 @@ import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import jax
 
@@ -95,7 +95,7 @@ class Schema:
         return found
 
     _index: dict[Path, int] | None
-    _keys: tuple[jax.tree_util.DictKey, ...] | None
+    _keys: tuple[Any, ...] | None
     _selections: dict[Any, tuple[tuple[tuple[int, ...], Schema], ...]]
 
     @property
@@ -106,7 +106,7 @@ class Schema:
         return self._index
 
     @property
-    def keys(self) -> tuple[jax.tree_util.DictKey, ...]:
+    def keys(self) -> tuple[Any, ...]:  # jax gives its key classes no types
         """The JAX key of each value: `DictKey('encoder/kernel')`."""
         if self._keys is None:
             self._keys = tuple(jax.tree_util.DictKey(path_text(path)) for path in self.paths)
@@ -290,8 +290,9 @@ class State(Mapping[Path, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    if not TYPE_CHECKING:  # an assignment is no type
+        __eq__ = object.__eq__
+        __hash__ = object.__hash__
 
     @overload
     def partition(self) -> State: ...

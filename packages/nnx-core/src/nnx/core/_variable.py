@@ -38,8 +38,14 @@ __all__ = [
     "with_metadata",
 ]
 
-A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    import typing_extensions
+
+    # With a default, so that strict checkers take the bare class; Python itself has defaults since 3.13.
+    A = typing_extensions.TypeVar("A", default=Any)
+else:
+    A = TypeVar("A")
 
 
 # Two threads that make the same thing at once must get one. Reentrant, as a collection of garbage may come in between.

@@ -135,30 +135,30 @@ class MultiHeadAttention(Module):
             ValueError: the heads do not divide `qkv_features`, or `num_kv_heads` does not divide `num_heads`.
         """
         self.num_heads = num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.num_kv_heads: int = num_heads if num_kv_heads is None else num_kv_heads
         self.in_features = in_features
-        self.qkv_features = in_features if qkv_features is None else qkv_features
-        self.out_features = in_features if out_features is None else out_features
-        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.qkv_features: int = in_features if qkv_features is None else qkv_features
+        self.out_features: int = in_features if out_features is None else out_features
+        self.in_kv_features: int = in_features if in_kv_features is None else in_kv_features
         if self.qkv_features % num_heads:
             raise ValueError(
                 f"MultiHeadAttention: num_heads={num_heads} does not divide qkv_features={self.qkv_features}"
             )
         if self.num_kv_heads <= 0 or num_heads % self.num_kv_heads:
             raise ValueError(f"MultiHeadAttention: num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
-        self.head_dim = self.qkv_features // num_heads
+        self.head_dim: int = self.qkv_features // num_heads
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.broadcast_dropout = broadcast_dropout
-        self.dropout_rate = check_rate(type(self).__name__, dropout_rate)
+        self.dropout_rate: float = check_rate(type(self).__name__, dropout_rate)
         self.deterministic = deterministic
         self.precision = precision
         self.use_bias = use_bias
         self.attention_fn = attention_fn
         self.normalize_qk = normalize_qk
-        self.rotary = RotaryEmbedding(self.head_dim) if rotary is True else rotary or None
+        self.rotary: RotaryEmbedding | None = RotaryEmbedding(self.head_dim) if rotary is True else rotary or None
         self.is_causal = is_causal
-        self.local_window_size = check_window(type(self).__name__, local_window_size)
+        self.local_window_size: tuple[int, int] | None = check_window(type(self).__name__, local_window_size)
         self.decode = decode
         self.implementation = implementation
         self.rng_collection = rng_collection
@@ -168,12 +168,12 @@ class MultiHeadAttention(Module):
         inner: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": bias_init, **linear}
         inner_kv = {**inner, **_names(inner, ("embed", "kv_heads", "head_dim"), ("kv_heads", "head_dim"))}
         inner |= _names(inner, ("embed", "heads", "head_dim"), ("heads", "head_dim"))
-        self.query = LinearGeneral(in_features, (num_heads, self.head_dim), **inner)
-        self.key = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner_kv)
-        self.value = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner_kv)
-        self.query_ln = LayerNorm(self.head_dim, use_bias=False, **options) if normalize_qk else None
-        self.key_ln = LayerNorm(self.head_dim, use_bias=False, **options) if normalize_qk else None
-        self.out = LinearGeneral(
+        self.query: LinearGeneral = LinearGeneral(in_features, (num_heads, self.head_dim), **inner)
+        self.key: LinearGeneral = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner_kv)
+        self.value: LinearGeneral = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner_kv)
+        self.query_ln: LayerNorm | None = LayerNorm(self.head_dim, use_bias=False, **options) if normalize_qk else None
+        self.key_ln: LayerNorm | None = LayerNorm(self.head_dim, use_bias=False, **options) if normalize_qk else None
+        self.out: LinearGeneral = LinearGeneral(
             (num_heads, self.head_dim),
             self.out_features,
             axis=(-2, -1),

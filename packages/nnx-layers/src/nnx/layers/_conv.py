@@ -176,7 +176,7 @@ class Conv(ConvBase):
         """
         self.in_features = in_features
         self.out_features = out_features
-        self.kernel_size = as_tuple(kernel_size)
+        self.kernel_size: tuple[int, ...] = as_tuple(kernel_size)
         kind, rank = type(self).__name__, len(self.kernel_size)
         check_sizes(
             kind,
@@ -185,10 +185,10 @@ class Conv(ConvBase):
             kernel_size=self.kernel_size,
             feature_group_count=feature_group_count,
         )
-        self.strides = per_dimension(strides, rank, f"{kind}: strides")
-        self.padding = canonicalize_padding(padding, rank, kind, (*_LAX_PADDINGS, "CAUSAL", *_PAD_MODES))
-        self.input_dilation = per_dimension(input_dilation, rank, f"{kind}: input_dilation")
-        self.kernel_dilation = per_dimension(kernel_dilation, rank, f"{kind}: kernel_dilation")
+        self.strides: tuple[int, ...] = per_dimension(strides, rank, f"{kind}: strides")
+        self.padding: Padding = canonicalize_padding(padding, rank, kind, (*_LAX_PADDINGS, "CAUSAL", *_PAD_MODES))
+        self.input_dilation: tuple[int, ...] = per_dimension(input_dilation, rank, f"{kind}: input_dilation")
+        self.kernel_dilation: tuple[int, ...] = per_dimension(kernel_dilation, rank, f"{kind}: kernel_dilation")
         self.feature_group_count = feature_group_count
         self.use_bias = use_bias
         self.dtype = dtype
@@ -203,9 +203,11 @@ class Conv(ConvBase):
             )
         shape = (*self.kernel_size, in_features // feature_group_count, out_features)
         names = (*[None] * len(self.kernel_size), "conv_in", "conv_out")
-        self.kernel = make_param(ctx, kernel_init, shape, param_dtype, names=names)
-        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype, names=names[-1:]) if use_bias else None
-        self.mask = self._as_mask(mask)
+        self.kernel: jax.Array = make_param(ctx, kernel_init, shape, param_dtype, names=names)
+        self.bias: jax.Array | None = (
+            make_param(ctx, bias_init, (out_features,), param_dtype, names=names[-1:]) if use_bias else None
+        )
+        self.mask: jax.Array | None = self._as_mask(mask)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the convolution.

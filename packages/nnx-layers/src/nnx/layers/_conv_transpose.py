@@ -22,7 +22,7 @@ from nnx.layers._common import (
     make_param,
     per_dimension,
 )
-from nnx.layers._conv import ConvBase, PaddingLike, canonicalize_padding, check_sizes
+from nnx.layers._conv import ConvBase, Padding, PaddingLike, canonicalize_padding, check_sizes
 from nnx.layers._dtypes import promote_dtype
 from nnx.layers._explicit import convolve
 from nnx.layers.initializers import Initializer
@@ -117,12 +117,12 @@ class ConvTranspose(ConvBase):
         """
         self.in_features = in_features
         self.out_features = out_features
-        self.kernel_size = as_tuple(kernel_size)
+        self.kernel_size: tuple[int, ...] = as_tuple(kernel_size)
         kind, rank = type(self).__name__, len(self.kernel_size)
         check_sizes(kind, in_features=in_features, out_features=out_features, kernel_size=self.kernel_size)
-        self.strides = per_dimension(strides, rank, f"{kind}: strides")
-        self.padding = canonicalize_padding(padding, rank, kind, _PADDINGS)
-        self.kernel_dilation = per_dimension(kernel_dilation, rank, f"{kind}: kernel_dilation")
+        self.strides: tuple[int, ...] = per_dimension(strides, rank, f"{kind}: strides")
+        self.padding: Padding = canonicalize_padding(padding, rank, kind, _PADDINGS)
+        self.kernel_dilation: tuple[int, ...] = per_dimension(kernel_dilation, rank, f"{kind}: kernel_dilation")
         self.use_bias = use_bias
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -137,9 +137,11 @@ class ConvTranspose(ConvBase):
             self.kernel = make_arranged_param(kind, ctx, kernel_init, shape, param_dtype, _swap_channels, names)
         else:
             names = (*spatial, "conv_in", "conv_out")
-            self.kernel = make_param(ctx, kernel_init, shape, param_dtype, names=names)
-        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype, names=("conv_out",)) if use_bias else None
-        self.mask = self._as_mask(mask)
+            self.kernel: jax.Array = make_param(ctx, kernel_init, shape, param_dtype, names=names)
+        self.bias: jax.Array | None = (
+            make_param(ctx, bias_init, (out_features,), param_dtype, names=("conv_out",)) if use_bias else None
+        )
+        self.mask: jax.Array | None = self._as_mask(mask)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the transposed convolution.

@@ -69,8 +69,8 @@ class Dropout(Module):
         Raises:
             ValueError: `rate` is not a probability.
         """
-        self.rate = check_rate(type(self).__name__, rate)
-        self.broadcast_dims = as_tuple(broadcast_dims)
+        self.rate: float = check_rate(type(self).__name__, rate)
+        self.broadcast_dims: tuple[int, ...] = as_tuple(broadcast_dims)
         self.deterministic = deterministic
         self.rng_collection = rng_collection
 
@@ -144,7 +144,7 @@ class DropPath(Dropout):
             ValueError: `rate` is not a probability.
         """
         super().__init__(rate, deterministic=deterministic, rng_collection=rng_collection)
-        self.batch_axes = as_tuple(batch_axes)
+        self.batch_axes: tuple[int, ...] = as_tuple(batch_axes)
 
     def _shared_axes(self, ndim: int) -> tuple[int, ...]:
         batch = normalize_axes(self.batch_axes, ndim, f"{type(self).__name__}: batch_axes")

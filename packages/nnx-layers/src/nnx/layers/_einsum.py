@@ -149,9 +149,9 @@ class Einsum(Module):
             ValueError: the equation is not one of two operands with its outputs spelled out.
             ShapeError: `kernel_shape` or `bias_shape` does not fit the equation.
         """
-        self.einsum_str = None if einsum_str is None else einsum_str.replace(" ", "")
-        self.kernel_shape = as_tuple(kernel_shape)
-        self.bias_shape = None if bias_shape is None else as_tuple(bias_shape)
+        self.einsum_str: str | None = None if einsum_str is None else einsum_str.replace(" ", "")
+        self.kernel_shape: tuple[int, ...] = as_tuple(kernel_shape)
+        self.bias_shape: tuple[int, ...] | None = None if bias_shape is None else as_tuple(bias_shape)
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision

@@ -72,7 +72,7 @@ class InstanceNorm(Norm):
             ValueError: `feature_axes` are not one axis.
         """
         self.num_features = num_features
-        self.feature_axes = as_tuple(feature_axes)
+        self.feature_axes: tuple[int, ...] = as_tuple(feature_axes)
         if len(self.feature_axes) != 1:
             raise ValueError(f"InstanceNorm: feature_axes must be one axis, that of the channels, got {feature_axes}")
         self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance)

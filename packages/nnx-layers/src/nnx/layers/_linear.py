@@ -159,9 +159,9 @@ class LinearGeneral(Module):
         Raises:
             ValueError: `axis` and `in_features` differ in length.
         """
-        self.in_features = as_tuple(in_features)
-        self.out_features = as_tuple(out_features)
-        self.axis = as_tuple(axis)
+        self.in_features: tuple[int, ...] = as_tuple(in_features)
+        self.out_features: tuple[int, ...] = as_tuple(out_features)
+        self.axis: tuple[int, ...] = as_tuple(axis)
         self.use_bias = use_bias
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -272,7 +272,7 @@ class MLP(Module):
         if isinstance(activation, str) and activation not in _activations.__all__:
             raise ValueError(f"MLP: nnx has no activation {activation!r}; give the name of one, or a function")
         sizes = (in_features, *as_tuple(hidden_features), out_features)
-        self.layers = [
+        self.layers: list[Linear] = [
             Linear(
                 n_in,
                 n_out,
@@ -288,7 +288,7 @@ class MLP(Module):
             for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes))
         ]
         self.activation = activation
-        self.dropout = Dropout(dropout_rate) if dropout_rate > 0 else None
+        self.dropout: Dropout | None = Dropout(dropout_rate) if dropout_rate > 0 else None
 
     def __call__(
         self, inputs: jax.Array, *, deterministic: bool | None = None, ctx: Context | None = None

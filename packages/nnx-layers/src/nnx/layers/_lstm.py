@@ -225,7 +225,7 @@ class OptimizedLSTMCell(_LSTM):
         self._set_options(
             in_features, hidden_features, dtype, param_dtype, gate_fn=gate_fn, activation_fn=activation_fn
         )
-        self.dense_i = Linear(
+        self.dense_i: Linear = Linear(
             in_features,
             4 * hidden_features,
             use_bias=False,
@@ -235,7 +235,7 @@ class OptimizedLSTMCell(_LSTM):
             kernel_init=kernel_init,
             ctx=ctx,
         )
-        self.dense_h = Linear(
+        self.dense_h: Linear = Linear(
             hidden_features,
             4 * hidden_features,
             dtype=dtype,

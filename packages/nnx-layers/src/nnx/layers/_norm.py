@@ -159,9 +159,9 @@ class _FeatureNorm(Norm):
     """What LayerNorm and RMSNorm share: statistics over some axes of each example, an affine map over others."""
 
     def _set_axes(self, num_features: int | Sequence[int], reduction_axes: Axes, feature_axes: Axes) -> None:
-        self.num_features = as_tuple(num_features)
-        self.reduction_axes = as_tuple(reduction_axes)
-        self.feature_axes = as_tuple(feature_axes)
+        self.num_features: tuple[int, ...] = as_tuple(num_features)
+        self.reduction_axes: tuple[int, ...] = as_tuple(reduction_axes)
+        self.feature_axes: tuple[int, ...] = as_tuple(feature_axes)
         if len(self.feature_axes) != len(self.num_features):
             raise ValueError(
                 f"{type(self).__name__}: num_features {self.num_features} and feature_axes {self.feature_axes} must"
@@ -405,9 +405,9 @@ class GroupNorm(Norm):
             name = "group_size" if num_groups is None else "num_groups"
             raise ValueError(f"GroupNorm: {name}={divisor} does not divide num_features={num_features}")
         self.num_features = num_features
-        self.num_groups = divisor if num_groups is not None else num_features // divisor
-        self.group_size = num_features // self.num_groups
-        self.reduction_axes = None if reduction_axes is None else as_tuple(reduction_axes)
+        self.num_groups: int = divisor if num_groups is not None else num_features // divisor
+        self.group_size: int = num_features // self.num_groups
+        self.reduction_axes: tuple[int, ...] | None = None if reduction_axes is None else as_tuple(reduction_axes)
         self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance)
         self._set_affine((num_features,), scale_init if use_scale else None, bias_init if use_bias else None, ctx)
 

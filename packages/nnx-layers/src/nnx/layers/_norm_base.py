@@ -40,7 +40,9 @@ class Norm(Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.axis_name = axis_name
-        self.axis_index_groups = None if axis_index_groups is None else tuple(as_tuple(g) for g in axis_index_groups)
+        self.axis_index_groups: tuple[tuple[int, ...], ...] | None = (
+            None if axis_index_groups is None else tuple(as_tuple(g) for g in axis_index_groups)
+        )
         self.use_fast_variance = use_fast_variance
 
     def _set_affine(

@@ -12,7 +12,7 @@ from jax import lax
 
 from nnx.core import Module, ShapeError
 from nnx.layers._common import as_tuple, flatten_batch, per_dimension
-from nnx.layers._conv import PaddingLike, canonicalize_padding
+from nnx.layers._conv import Padding, PaddingLike, canonicalize_padding
 from nnx.layers._dtypes import canonicalize_dtype, statistics_dtype
 
 __all__ = [
@@ -310,10 +310,10 @@ class _WindowPool(Module):
             strides: step between windows, in elements; an int holds for all axes, and `None` is 1, not the window.
             padding: "SAME", "SAME_LOWER", "VALID", an int, or an int or a (low, high) pair for each axis.
         """
-        self.window_shape = as_tuple(window_shape)
+        self.window_shape: tuple[int, ...] = as_tuple(window_shape)
         rank = len(self.window_shape)
-        self.strides = per_dimension(strides, rank, f"{type(self).__name__}: strides")
-        self.padding = canonicalize_padding(padding, rank, type(self).__name__)
+        self.strides: tuple[int, ...] = per_dimension(strides, rank, f"{type(self).__name__}: strides")
+        self.padding: Padding = canonicalize_padding(padding, rank, type(self).__name__)
 
 
 class AvgPool(_WindowPool):
@@ -385,7 +385,7 @@ class _AdaptivePool(Module):
         Args:
             output_shape: number of cells along each spatial axis; an int is one axis, not several.
         """
-        self.output_shape = as_tuple(output_shape)
+        self.output_shape: tuple[int, ...] = as_tuple(output_shape)
 
 
 class AdaptiveAvgPool(_AdaptivePool):

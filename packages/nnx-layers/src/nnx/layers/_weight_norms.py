@@ -166,7 +166,7 @@ class WeightNorm(_WeightNorm):
                 f" {', '.join('/'.join(path) for path in layer_instance.filter(Param).paths) or 'none'}"
             )
         self._set_layer(layer_instance, params)
-        self.feature_axes = () if feature_axes is None else as_tuple(feature_axes)
+        self.feature_axes: tuple[int, ...] = () if feature_axes is None else as_tuple(feature_axes)
         self.use_scale = use_scale
         self.epsilon = epsilon
         self.dtype = dtype
@@ -285,7 +285,7 @@ class SpectralNorm(_WeightNorm):
         self.param_dtype = param_dtype
         self.error_on_non_matrix = error_on_non_matrix
         self.update_stats = update_stats
-        self.batch_stats = Module()
+        self.batch_stats: Module = Module()
         for path, variable in params.items():
             shape = variable.value.shape
             if error_on_non_matrix and len(shape) > 2:

@@ -47,7 +47,7 @@ class Accuracy(Mean):
 
     def __init__(self, threshold: float | None = None) -> None:
         super().__init__()
-        self.threshold = None if threshold is None else float(threshold)
+        self.threshold: float | None = None if threshold is None else float(threshold)
 
     def update(self, *, logits: Any, labels: Any, mask: Any = None, weights: Any = None, **_: Any) -> None:
         """Count a batch.
@@ -136,7 +136,7 @@ class _Counts(Metric):
     count: jax.Array
 
     def __init__(self, threshold: float, num_classes: int | None = None) -> None:
-        self.threshold = float(threshold)
+        self.threshold: float = float(threshold)
         self.num_classes = num_classes
         shape = (1 if num_classes is None else num_classes,)
         self.true_positives = new_sum(shape)

@@ -80,7 +80,7 @@ class EMA(Module):
     ) -> None:
         if not callable(decay) and not 0 <= decay < 1:
             raise ValueError(f"EMA: decay is what stays of the average, at least 0 and below 1; got {decay}")
-        self.decay = decay if callable(decay) else float(decay)
+        self.decay: Callable[[jax.Array], Any] | float = decay if callable(decay) else float(decay)
         self.wrt = wrt
         self.debias = debias
         params = _select(model, wrt, "EMA")
@@ -94,7 +94,7 @@ class EMA(Module):
         step: Any = EMAState(jnp.zeros((), jnp.int32))
         weight: Any = EMAState(jnp.asarray(0.0 if debias else 1.0, jnp.float32))
         self.step, self.weight = step, weight
-        self.average = nested(
+        self.average: Module = nested(
             [
                 # An average is split over a mesh as its parameter is.
                 (slot[1:], EMAState(jax.tree.map(_first, value), sharding=metadata.get("sharding")))

@@ -39,8 +39,8 @@ class NonFiniteError(NnxError, ArithmeticError):
             + ". Nothing was saved since. Lower the learning rate, clip the gradients, or look at the batch"
         )
         self.step = step
-        self.names = tuple(names)
-        self.paths = tuple(paths)
+        self.names: tuple[str, ...] = tuple(names)
+        self.paths: tuple[str, ...] = tuple(paths)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,11 +118,11 @@ class LossScale(Module):
         if growth_interval < 1:
             raise ValueError(f"LossScale: growth_interval counts steps from 1 up, got {growth_interval}")
         self.dynamic = dynamic
-        self.growth_factor = float(growth_factor)
-        self.backoff_factor = float(backoff_factor)
+        self.growth_factor: float = float(growth_factor)
+        self.backoff_factor: float = float(backoff_factor)
         self.growth_interval = growth_interval
-        self.min_scale = float(min_scale)
-        self.max_scale = float(max_scale)
+        self.min_scale: float = float(min_scale)
+        self.max_scale: float = float(max_scale)
         value: Any = LossScaleState(jnp.asarray(init_scale, jnp.float32))
         good_steps: Any = LossScaleState(jnp.zeros((), jnp.int32))
         skipped: Any = LossScaleState(jnp.zeros((), jnp.int32))

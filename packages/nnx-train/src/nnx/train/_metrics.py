@@ -73,7 +73,7 @@ class Average(Mean):
 
     def __init__(self, argname: str = "values") -> None:
         super().__init__()
-        self.argname = _check_argname(self, argname)
+        self.argname: str = _check_argname(self, argname)
 
     def update(self, *, mask: Any = None, weights: Any = None, **kwargs: Any) -> None:
         """Count some values.
@@ -186,7 +186,7 @@ class Welford(Metric):
     m2: jax.Array
 
     def __init__(self, argname: str = "values") -> None:
-        self.argname = _check_argname(self, argname)
+        self.argname: str = _check_argname(self, argname)
         self.count = new_sum()
         self.mean = new_sum()
         self.m2 = new_sum()

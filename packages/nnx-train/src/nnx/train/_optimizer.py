@@ -84,7 +84,7 @@ class Optimizer(Module):
     def __init__(self, model: Module, tx: Any, wrt: Any = Param) -> None:
         if not isinstance(model, Module):
             raise TypeError(f"Optimizer takes a Module first, got {type(model).__name__}: `Optimizer(model, tx)`")
-        self.tx = to_tx(tx)
+        self.tx: Any = to_tx(tx)
         self.wrt = wrt
         params = model.filter(wrt)
         if not params:
@@ -100,7 +100,7 @@ class Optimizer(Module):
         if self._leaves:
             # A moment is split over a mesh as its parameter is.
             known = names_by_path(params)
-            self.opt_state = nested(
+            self.opt_state: Module = nested(
                 [
                     (path[1:], OptState(leaf, sharding=names_of_leaf(keys, jnp.shape(leaf), known)))
                     for path, (keys, leaf) in zip(self._leaves, leaves, strict=True)

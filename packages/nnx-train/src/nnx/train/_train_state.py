@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import jax
 
@@ -23,8 +23,17 @@ from nnx.train._updates import (
 
 __all__ = ["TrainState"]
 
+if TYPE_CHECKING:
+    import typing_extensions
 
-class TrainState:
+    # With a default, so that strict checkers take the bare class; Python itself has defaults since 3.13.
+    M = typing_extensions.TypeVar("M", default=Any)
+else:
+    M = TypeVar("M")
+N = TypeVar("N", bound=Module)
+
+
+class TrainState(Generic[M]):
     """Parameters, optimizer state, step and any further States of a model in training, as one immutable pytree.
 
     The arrays are the leaves; `moduledef` and `tx` are static. So a training step is an ordinary function of a
@@ -72,12 +81,12 @@ class TrainState:
     opt_state: Any
     step: Any
     _states: Mapping[str, Any]
-    _static: tuple[ModuleDef, Any, tuple[str, ...]]
+    _static: tuple[ModuleDef[M], Any, tuple[str, ...]]
 
     _own: ClassVar[frozenset[str]]
 
     def __init__(
-        self, moduledef: ModuleDef, *, params: State, tx: Any, step: int | jax.Array = 0, **states: Any
+        self, moduledef: ModuleDef[M], *, params: State, tx: Any, step: int | jax.Array = 0, **states: Any
     ) -> None:
         if not isinstance(moduledef, ModuleDef):
             raise TypeError(
@@ -94,7 +103,7 @@ class TrainState:
         self._fill((moduledef, tx, tuple(sorted(states))), params, init_optimizer(tx, params), step_array(step), states)
 
     def _fill(
-        self, static: tuple[ModuleDef, Any, tuple[str, ...]], params: State, opt_state: Any, step: Any, states: Any
+        self, static: tuple[ModuleDef[M], Any, tuple[str, ...]], params: State, opt_state: Any, step: Any, states: Any
     ) -> None:
         put = object.__setattr__
         put(self, "_static", static)
@@ -104,7 +113,7 @@ class TrainState:
         put(self, "_states", states)
 
     @classmethod
-    def _make(cls, static: tuple[ModuleDef, Any, tuple[str, ...]], children: Any) -> TrainState:
+    def _make(cls, static: tuple[ModuleDef[M], Any, tuple[str, ...]], children: Any) -> TrainState[M]:
         # No checks: JAX also puts placeholders where arrays belong.
         params, opt_state, step, *states = children
         new = object.__new__(cls)
@@ -117,8 +126,8 @@ class TrainState:
 
     @classmethod
     def from_module(
-        cls, model: Module, tx: Any, wrt: Any = Param, *, step: int | jax.Array = 0, **states: Any
-    ) -> TrainState:
+        cls, model: N, tx: Any, wrt: Any = Param, *, step: int | jax.Array = 0, **states: Any
+    ) -> TrainState[N]:
         """Make a TrainState of a Module.
 
         The state and the Module hold the same arrays. A step that donates the state consumes them: go on with
@@ -138,6 +147,7 @@ class TrainState:
         """
         if not isinstance(model, Module):
             raise TypeError(f"TrainState.from_module takes a Module, got {type(model).__name__}")
+        moduledef: Any
         state, moduledef = model.partition()
         params = state.filter(wrt)
         if not params:
@@ -154,10 +164,11 @@ class TrainState:
         if taken := sorted(groups.keys() & states.keys()):
             raise TypeError(f"TrainState.from_module: {path_list(taken)} is what the model's own State is called")
         states |= {name: State({path: rest[path] for path in paths}) for name, paths in groups.items()}
-        return cls(moduledef, params=params, tx=tx, step=step, **states)
+        made: Any = cls(moduledef, params=params, tx=tx, step=step, **states)
+        return made
 
     @property
-    def moduledef(self) -> ModuleDef:
+    def moduledef(self) -> ModuleDef[M]:
         """The static half of the model."""
         return self._static[0]
 
@@ -208,7 +219,7 @@ class TrainState:
         """
         return self.moduledef.apply(*self._select("apply", states))
 
-    def merge(self, *states: State | str) -> Module:
+    def merge(self, *states: State | str) -> M:
         """Make the Module of this state.
 
         Args:
@@ -220,7 +231,9 @@ class TrainState:
         """
         return self.moduledef.merge(*self._select("merge", states))
 
-    def apply_gradients(self, grads: State, *, tx_args: Mapping[str, Any] | None = None, **states: Any) -> TrainState:
+    def apply_gradients(
+        self, grads: State, *, tx_args: Mapping[str, Any] | None = None, **states: Any
+    ) -> TrainState[M]:
         """Return the state after one step of the optimizer.
 
         Args:
@@ -255,7 +268,7 @@ class TrainState:
         """
         return from_arrays(self.params, function(self.opt_state, to_arrays(self.params)))
 
-    def replace(self, **changes: Any) -> TrainState:
+    def replace(self, **changes: Any) -> TrainState[M]:
         """Return a TrainState with some of its entries replaced.
 
         Args:

@@ -31,7 +31,7 @@ __all__ = ["JitWrapped", "jit", "kept_on"]
 P = ParamSpec("P")
 Q = ParamSpec("Q")
 R = TypeVar("R")
-M = TypeVar("M", bound=Object)
+M = TypeVar("M")
 
 _TRACED = "__nnx_traced__"
 _Traced = Callable[..., Any]
@@ -350,7 +350,7 @@ class JitWrapped(Generic[P, R]):
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> JitWrapped[P, R]: ...
     @overload
-    def __get__(self: JitWrapped[Concatenate[M, Q], R], instance: M, owner: type | None = None) -> BoundJit[Q, R]: ...
+    def __get__(self: Callable[Concatenate[M, Q], R], instance: M, owner: type | None = None) -> BoundJit[Q, R]: ...
     @overload
     def __get__(self, instance: Any, owner: type | None = None) -> JitWrapped[P, R]: ...  # static
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -391,8 +391,8 @@ class BoundJit(Generic[P, R]):
     __slots__ = ("__self__", "__wrapped__")
 
     def __init__(self, wrapped: JitWrapped[..., R], instance: Any) -> None:
-        self.__wrapped__ = wrapped
-        self.__self__ = instance
+        self.__wrapped__: JitWrapped[..., R] = wrapped
+        self.__self__: Any = instance
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.__wrapped__(self.__self__, *args, **kwargs)
