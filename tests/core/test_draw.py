@@ -24,9 +24,9 @@ def test_mermaid(model):
         "flowchart TD",
         '  n0["Module<br/>2 parameters"]',
         '  n1["Sequence<br/>2 parameters"]',
-        '  n3["Leaf<br/>1 parameters"]',
+        '  n3["Leaf<br/>1 parameter"]',
         '  n4["Leaf"]',
-        '  n2["Leaf<br/>1 parameters"]',
+        '  n2["Leaf<br/>1 parameter"]',
         '  v1(["Param<br/>float32[]"])',
         '  n0 -- "blocks" --> n1',
         '  n0 -- "first" --> n3',
@@ -46,7 +46,7 @@ def test_dot(model):
     lines = text.splitlines()
     assert lines[0] == "digraph {"
     assert lines[-1] == "}"
-    assert '  n3 [label="Leaf\\n1 parameters", penwidth=3];' in lines
+    assert '  n3 [label="Leaf\\n1 parameter", penwidth=3];' in lines
     assert '  v1 [label="Param\\nfloat32[]", shape=ellipse, penwidth=3];' in lines
     arrows = re.findall(r"(\w+) -> (\w+)", text)
     assert len(arrows) == nnx.draw(model).count("-->") == 8
@@ -73,8 +73,25 @@ def test_large_and_abstract_models():
 
 def test_names_are_quoted():
     model = nnx.Dict({'a "b" \\': Leaf()})
-    assert '"a #quot;b#quot; \\"' in nnx.draw(model)
+    assert '"a #34;b#34; #92;"' in nnx.draw(model)
     assert '[label="a \\"b\\" \\\\"]' in nnx.draw(model, format="dot")
+
+
+@pytest.mark.parametrize(
+    ("name", "mermaid", "dot"),
+    [
+        ("a<b>&c", "a#60;b#62;#38;c", "a<b>&amp;c"),
+        ("1. item", "1#46; item", "1. item"),  # a list in Markdown, which Mermaid refuses
+        ("- `x` **y**", "#45; #96;x#96; #42;#42;y#42;#42;", "- `x` **y**"),
+        ("#35;", "#35;35#59;", "#35;"),
+        ("two\nlines", "two#10;lines", "two\\nlines"),
+        ("größe [0] →", "größe [0] #8594;", "größe [0] →"),
+    ],
+)
+def test_a_name_is_never_markup(name, mermaid, dot):
+    model = nnx.Dict({name: Leaf()})
+    assert f'  n0 -- "{mermaid}" --> n1' in nnx.draw(model).splitlines()
+    assert f'  n0 -> n1 [label="{dot}"];' in nnx.draw(model, format="dot").splitlines()
 
 
 def test_errors(model):

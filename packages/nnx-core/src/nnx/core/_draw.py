@@ -86,7 +86,8 @@ def _graph(model: Any, depth: int | None) -> tuple[dict[str, _Box], list[tuple[s
     boxes = {}
     for index in order:
         row = rows[paths[index]]
-        count = (f"{count_text(row.parameters)} parameters",) if row.parameters else ()
+        noun = "parameter" if row.parameters == 1 else "parameters"
+        count = (f"{count_text(row.parameters)} {noun}",) if row.parameters else ()
         entered = held.count(f"n{index}") + (index == definition.roots[0])
         boxes[f"n{index}"] = _Box((row.type.__name__, *count), True, entered > 1)
     return {**boxes, **tied}, arrows
@@ -94,7 +95,8 @@ def _graph(model: Any, depth: int | None) -> tuple[dict[str, _Box], list[tuple[s
 
 def _mermaid(boxes: dict[str, _Box], arrows: list[tuple[str, str, str]]) -> str:
     def quoted(text: str) -> str:
-        return text.replace('"', "#quot;")
+        # Within quotes too, Mermaid reads HTML, Markdown (also lists: `1. x`) and entities, and refuses some of each.
+        return "".join(c if c.isalnum() or c in "_ ,[]()" else f"#{ord(c)};" for c in text)
 
     lines = ["flowchart TD"]
     for name, box in boxes.items():
@@ -109,7 +111,7 @@ def _mermaid(boxes: dict[str, _Box], arrows: list[tuple[str, str, str]]) -> str:
 
 def _dot(boxes: dict[str, _Box], arrows: list[tuple[str, str, str]]) -> str:
     def quoted(text: str) -> str:
-        return text.replace("\\", "\\\\").replace('"', '\\"')
+        return text.replace("\\", "\\\\").replace('"', '\\"').replace("&", "&amp;").replace("\n", "\\n")
 
     lines = ["digraph {", "  node [shape=box];"]
     for name, box in boxes.items():
