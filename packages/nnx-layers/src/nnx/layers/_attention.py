@@ -223,7 +223,7 @@ class MultiHeadAttention(Module):
             ContextError: there is dropout, and `deterministic` is set nowhere or there is no random stream.
             ShapeError: the inputs have other sizes than the layer was made for, or do not fit each other.
             CacheFullError: outside of a trace, a row of the cache has no room. Under `nnx.checkify` it is an error too;
-                else the outputs of such a row are NaN.
+                else, under JAX's own `checkify` as well, the outputs of such a row are NaN.
             ValueError: `inputs_v` without `inputs_k`, or a cache for cross-attention, or `decode` without a cache.
         """
         kind = type(self).__name__

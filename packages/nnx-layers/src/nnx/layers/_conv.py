@@ -116,6 +116,8 @@ class Conv(ConvBase):
         kernel: Param, [*kernel_size, in_features / feature_group_count, out_features].
         bias: Param, [out_features], or None.
 
+    Reference: LeCun et al., 1998, Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86(11).
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> layer = nnx.Conv(3, 8, (3, 3), strides=2, ctx=nnx.context(0))

@@ -25,6 +25,8 @@ def canonicalize_dtype(*args: Any, dtype: DTypeLike | None = None, inexact: bool
     Raises:
         ValueError: `dtype` is an integer or boolean type although `inexact` is set.
 
+    Reference: Type promotion semantics, in JAX's documentation.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> from nnx.layers import canonicalize_dtype
@@ -60,6 +62,8 @@ def promote_dtype(args: Iterable[Any], /, *, dtype: DTypeLike | None = None, ine
 
     Raises:
         ValueError: `dtype` is an integer or boolean type although `inexact` is set.
+
+    Reference: Type promotion semantics, in JAX's documentation.
 
     Example:
         >>> import nnx, jax.numpy as jnp

@@ -105,6 +105,8 @@ class Einsum(Module):
         kernel: Param, `kernel_shape`.
         bias: Param, `bias_shape`, or None.
 
+    Reference: `jax.numpy.einsum`, which computes it.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> layer = nnx.Einsum("nta,hab->nthb", (8, 2, 4), (8, 4), ctx=nnx.context(0))

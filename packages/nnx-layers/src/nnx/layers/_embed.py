@@ -27,6 +27,9 @@ class Embed(Module):
     Attributes:
         embedding: Param, [num_embeddings, features].
 
+    Reference: Bengio et al., 2003, A Neural Probabilistic Language Model, JMLR 3; for `attend`
+    Press and Wolf, 2016, Using the Output Embedding to Improve Language Models, arXiv:1608.05859.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> layer = nnx.Embed(10, 4, ctx=nnx.context(0))

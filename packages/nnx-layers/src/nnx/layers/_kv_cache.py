@@ -115,6 +115,8 @@ def init_cache(model: Module, batch: int, max_length: int, dtype: DTypeLike | No
     Raises:
         ValueError: no layer of the model has a cache, or a size is not positive.
 
+    Reference: Shazeer, 2019, Fast Transformer Decoding: One Write-Head is All You Need, arXiv:1911.02150.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> layer = nnx.MultiHeadAttention(num_heads=2, in_features=8, ctx=nnx.context(0))
@@ -135,6 +137,8 @@ def reset_cache(model: Module, rows: jax.Array | None = None) -> None:
     Args:
         model: the model.
         rows: which rows to empty, [batch] of bool; `None` for all.
+
+    Reference: Shazeer, 2019, Fast Transformer Decoding: One Write-Head is All You Need, arXiv:1911.02150.
 
     Example:
         >>> import nnx, jax.numpy as jnp
@@ -157,6 +161,8 @@ def reorder_cache(model: Module, rows: jax.Array) -> None:
     Args:
         model: the model.
         rows: the number of the row to take for each new row, [new_batch].
+
+    Reference: Shazeer, 2019, Fast Transformer Decoding: One Write-Head is All You Need, arXiv:1911.02150.
 
     Example:
         >>> import nnx, jax.numpy as jnp

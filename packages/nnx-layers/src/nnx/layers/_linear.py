@@ -41,6 +41,8 @@ class Linear(Module):
         kernel: Param, [in_features, out_features].
         bias: Param, [out_features], or None.
 
+    Reference: LeCun et al., 1998, Efficient BackProp, for the scale of the first kernel.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> layer = nnx.Linear(2, 4, ctx=nnx.context(0))
@@ -115,6 +117,8 @@ class LinearGeneral(Module):
     Attributes:
         kernel: Param, [*in_features, *out_features].
         bias: Param, [*out_features], or None.
+
+    Reference: `jax.lax.dot_general`, which computes it.
 
     Example:
         >>> import nnx, jax.numpy as jnp
@@ -225,6 +229,8 @@ class MLP(Module):
     Attributes:
         layers: a Sequence of `len(hidden_features) + 1` Linear layers.
         dropout: a Dropout, or None.
+
+    Reference: Rumelhart et al., 1986, Learning representations by back-propagating errors, Nature 323.
 
     Example:
         >>> import nnx, jax.numpy as jnp

@@ -23,7 +23,16 @@ default_b_initializer = initializers.zeros
 
 
 class LoRAParam(Param[Any]):
-    """A parameter of a LoRA layer: `wrt=LoRAParam` trains these and nothing else. It is a Param too."""
+    """A parameter of a LoRA layer: `wrt=LoRAParam` trains these and nothing else. It is a Param too.
+
+    Reference: Hu et al., 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+
+    Example:
+        >>> import nnx
+        >>> layer = nnx.LoRALinear(3, 4, lora_rank=2, ctx=nnx.context(0))
+        >>> layer.filter(nnx.LoRAParam).paths
+        (('lora', 'lora_a'), ('lora', 'lora_b'))
+    """
 
     collection = "lora_params"
 
@@ -236,6 +245,8 @@ class LoRALinear(Linear):
 
 class LoRALinearGeneral(LinearGeneral):
     """A LinearGeneral, such as the projections of attention, with a map of low rank beside it.
+
+    `y[..., o] = sum_i x[..., i] (kernel[i, o] + scale * sum_r lora_a[i, r] lora_b[r, o]) + bias[o]`
 
     The map goes from the contracted axes, merged into one, to the new axes. `apply_lora` makes such layers.
 

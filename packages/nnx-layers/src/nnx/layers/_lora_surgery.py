@@ -70,6 +70,8 @@ def apply_lora(
         TraceContextError: the model belongs to another trace.
         ValueError: the filter matches no such layer, or it matches the model itself, which nothing holds.
 
+    Reference: Hu et al., 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> model = nnx.MLP(2, (8,), 1, ctx=nnx.context(0))
@@ -138,6 +140,16 @@ def lora_merge(model: Module) -> tuple[Path, ...]:
         TraceContextError: the model belongs to another trace.
         ValueError: a kernel is tied to another attribute, which would change too; or the model itself is such a layer,
             which nothing holds.
+
+    Reference: Hu et al., 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+
+    Example:
+        >>> import nnx
+        >>> model = nnx.Sequence([nnx.LoRALinear(2, 3, lora_rank=1, ctx=nnx.context(0))])
+        >>> nnx.lora_merge(model)
+        (('0',),)
+        >>> type(model[0]).__name__
+        'Linear'
     """
     places = _places(model, _PLAIN)
     _check_held("lora_merge", model, places)

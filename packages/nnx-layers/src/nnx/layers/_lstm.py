@@ -172,6 +172,12 @@ class LSTMCell(_LSTM):
 class OptimizedLSTMCell(_LSTM):
     """Long short-term memory with the four gates in one product of the inputs and one of `h`.
 
+    ```
+    i, f, g, o = x W_i + h W_h + b
+    c <- sigmoid(f) * c + sigmoid(i) * tanh(g)
+    h <- sigmoid(o) * tanh(c)
+    ```
+
     It computes what `LSTMCell` does; the kernels and the bias of the gates i, f, g, o stand side by side.
 
     Attributes:

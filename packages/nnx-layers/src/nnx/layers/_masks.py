@@ -34,6 +34,8 @@ def make_attention_mask(
     Returns:
         [*batch, 1, query_length, key_length].
 
+    Reference: Vaswani et al., 2017, Attention Is All You Need, arXiv:1706.03762.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> real = jnp.array([[1, 1, 0]])
@@ -58,6 +60,8 @@ def make_causal_mask(x: jax.Array, extra_batch_dims: int = 0, dtype: DTypeLike =
     Returns:
         [*batch, 1, length, length].
 
+    Reference: Vaswani et al., 2017, Attention Is All You Need, arXiv:1706.03762.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> nnx.make_causal_mask(jnp.ones((1, 3)))[0, 0].tolist()
@@ -79,6 +83,8 @@ def combine_masks(*masks: jax.Array | None, dtype: DTypeLike = jnp.float32) -> j
 
     Raises:
         ShapeError: the masks differ in rank or do not broadcast.
+
+    Reference: Vaswani et al., 2017, Attention Is All You Need, arXiv:1706.03762.
 
     Example:
         >>> import nnx, jax.numpy as jnp

@@ -94,6 +94,8 @@ def avg_pool(
     Raises:
         ShapeError: `inputs` has too few axes.
 
+    Reference: Dumoulin and Visin, 2016, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> nnx.avg_pool(jnp.ones((1, 28, 28, 3)), (2, 2), strides=(2, 2)).shape
@@ -134,6 +136,8 @@ def max_pool(
     Raises:
         ShapeError: `inputs` has too few axes.
 
+    Reference: Dumoulin and Visin, 2016, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> nnx.max_pool(jnp.arange(6.0).reshape(1, 6, 1), 2, strides=2).ravel().tolist()
@@ -161,6 +165,8 @@ def min_pool(
 
     Raises:
         ShapeError: `inputs` has too few axes.
+
+    Reference: Dumoulin and Visin, 2016, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
 
     Example:
         >>> import nnx, jax.numpy as jnp
@@ -207,6 +213,8 @@ def adaptive_avg_pool(inputs: jax.Array, output_shape: int | Sequence[int]) -> j
     Raises:
         ShapeError: `inputs` has too few axes, or there are more cells than elements.
 
+    Reference: He et al., 2014, Spatial Pyramid Pooling in Deep Convolutional Networks, arXiv:1406.4729.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> nnx.adaptive_avg_pool(jnp.arange(5.0).reshape(1, 5, 1), 2).ravel().tolist()
@@ -230,6 +238,8 @@ def adaptive_max_pool(inputs: jax.Array, output_shape: int | Sequence[int]) -> j
 
     Raises:
         ShapeError: `inputs` has too few axes, or there are more cells than elements.
+
+    Reference: He et al., 2014, Spatial Pyramid Pooling in Deep Convolutional Networks, arXiv:1406.4729.
 
     Example:
         >>> import nnx, jax.numpy as jnp
@@ -262,6 +272,8 @@ def global_avg_pool(inputs: jax.Array, *, spatial_rank: int | None = None, keepd
     Raises:
         ShapeError: there is no spatial axis.
 
+    Reference: Lin et al., 2013, Network in Network, arXiv:1312.4400.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> nnx.global_avg_pool(jnp.ones((4, 8, 8, 3))).shape
@@ -285,6 +297,8 @@ def global_max_pool(inputs: jax.Array, *, spatial_rank: int | None = None, keepd
 
     Raises:
         ShapeError: there is no spatial axis.
+
+    Reference: Lin et al., 2013, Network in Network, arXiv:1312.4400.
 
     Example:
         >>> import nnx, jax.numpy as jnp
@@ -319,6 +333,8 @@ class _WindowPool(Module):
 class AvgPool(_WindowPool):
     """`avg_pool` as a Module.
 
+    Reference: Dumoulin and Visin, 2016, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> nnx.AvgPool((2, 2), strides=2)(jnp.ones((1, 28, 28, 3))).shape
@@ -344,12 +360,24 @@ class AvgPool(_WindowPool):
         self.count_include_pad = count_include_pad
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The mean of each window of `inputs`, [..., *space, features]."""
+        """The mean of each window.
+
+        Args:
+            inputs: [..., *space, features].
+
+        Returns:
+            [..., *new space, features], of the dtype of `inputs`.
+
+        Raises:
+            ShapeError: `inputs` have too few axes.
+        """
         return avg_pool(inputs, self.window_shape, self.strides, self.padding, self.count_include_pad)
 
 
 class MaxPool(_WindowPool):
     """`max_pool` as a Module.
+
+    Reference: Dumoulin and Visin, 2016, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
 
     Example:
         >>> import nnx, jax.numpy as jnp
@@ -358,12 +386,24 @@ class MaxPool(_WindowPool):
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The maximum of each window of `inputs`, [..., *space, features]."""
+        """The maximum of each window.
+
+        Args:
+            inputs: [..., *space, features].
+
+        Returns:
+            [..., *new space, features], of the dtype of `inputs`.
+
+        Raises:
+            ShapeError: `inputs` have too few axes.
+        """
         return max_pool(inputs, self.window_shape, self.strides, self.padding)
 
 
 class MinPool(_WindowPool):
     """`min_pool` as a Module.
+
+    Reference: Dumoulin and Visin, 2016, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
 
     Example:
         >>> import nnx, jax.numpy as jnp
@@ -372,7 +412,17 @@ class MinPool(_WindowPool):
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The minimum of each window of `inputs`, [..., *space, features]."""
+        """The minimum of each window.
+
+        Args:
+            inputs: [..., *space, features].
+
+        Returns:
+            [..., *new space, features], of the dtype of `inputs`.
+
+        Raises:
+            ShapeError: `inputs` have too few axes.
+        """
         return min_pool(inputs, self.window_shape, self.strides, self.padding)
 
 
@@ -391,6 +441,8 @@ class _AdaptivePool(Module):
 class AdaptiveAvgPool(_AdaptivePool):
     """`adaptive_avg_pool` as a Module.
 
+    Reference: He et al., 2014, Spatial Pyramid Pooling in Deep Convolutional Networks, arXiv:1406.4729.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> nnx.AdaptiveAvgPool((2, 2))(jnp.ones((1, 7, 9, 3))).shape
@@ -398,12 +450,24 @@ class AdaptiveAvgPool(_AdaptivePool):
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The mean over each cell of `inputs`, [..., *space, features]."""
+        """The mean over each cell.
+
+        Args:
+            inputs: [..., *space, features].
+
+        Returns:
+            [..., *output_shape, features], of the dtype of `inputs`.
+
+        Raises:
+            ShapeError: `inputs` have too few axes.
+        """
         return adaptive_avg_pool(inputs, self.output_shape)
 
 
 class AdaptiveMaxPool(_AdaptivePool):
     """`adaptive_max_pool` as a Module.
+
+    Reference: He et al., 2014, Spatial Pyramid Pooling in Deep Convolutional Networks, arXiv:1406.4729.
 
     Example:
         >>> import nnx, jax.numpy as jnp
@@ -412,7 +476,17 @@ class AdaptiveMaxPool(_AdaptivePool):
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The maximum over each cell of `inputs`, [..., *space, features]."""
+        """The maximum over each cell.
+
+        Args:
+            inputs: [..., *space, features].
+
+        Returns:
+            [..., *output_shape, features], of the dtype of `inputs`.
+
+        Raises:
+            ShapeError: `inputs` have too few axes.
+        """
         return adaptive_max_pool(inputs, self.output_shape)
 
 
@@ -433,6 +507,8 @@ class _GlobalPool(Module):
 class GlobalAvgPool(_GlobalPool):
     """`global_avg_pool` as a Module.
 
+    Reference: Lin et al., 2013, Network in Network, arXiv:1312.4400.
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> nnx.GlobalAvgPool()(jnp.ones((4, 8, 8, 3))).shape
@@ -440,12 +516,24 @@ class GlobalAvgPool(_GlobalPool):
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The mean over all of space of `inputs`, [batch, *space, features]."""
+        """The mean over all of space.
+
+        Args:
+            inputs: [batch, *space, features].
+
+        Returns:
+            [batch, features], or with axes of size 1 in the place of space if `keepdims`; of the dtype of `inputs`.
+
+        Raises:
+            ShapeError: `inputs` have too few axes.
+        """
         return global_avg_pool(inputs, spatial_rank=self.spatial_rank, keepdims=self.keepdims)
 
 
 class GlobalMaxPool(_GlobalPool):
     """`global_max_pool` as a Module.
+
+    Reference: Lin et al., 2013, Network in Network, arXiv:1312.4400.
 
     Example:
         >>> import nnx, jax.numpy as jnp
@@ -454,5 +542,15 @@ class GlobalMaxPool(_GlobalPool):
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The maximum over all of space of `inputs`, [batch, *space, features]."""
+        """The maximum over all of space.
+
+        Args:
+            inputs: [batch, *space, features].
+
+        Returns:
+            [batch, features], or with axes of size 1 in the place of space if `keepdims`; of the dtype of `inputs`.
+
+        Raises:
+            ShapeError: `inputs` have too few axes.
+        """
         return global_max_pool(inputs, spatial_rank=self.spatial_rank, keepdims=self.keepdims)

@@ -29,6 +29,8 @@ class RNN(Module):
     Attributes:
         cell: the cell.
 
+    Reference: Werbos, 1990, Backpropagation Through Time: What It Does and How to Do It, Proc. IEEE 78(10).
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> layer = nnx.RNN(nnx.GRUCell(3, 4, ctx=nnx.context(0)), return_carry=True)

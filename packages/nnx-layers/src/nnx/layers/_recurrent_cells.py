@@ -34,6 +34,8 @@ class RNNCellBase(Module):
 
     A cell of your own has `initialize_carry` and `__call__`, and `num_feature_axes` if its features have several axes.
 
+    Reference: Elman, 1990, Finding Structure in Time, Cognitive Science 14(2).
+
     Example:
         >>> import nnx, jax.numpy as jnp
         >>> class Sum(nnx.RNNCellBase):

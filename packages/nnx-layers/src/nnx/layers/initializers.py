@@ -57,7 +57,17 @@ P = ParamSpec("P")
 
 
 class Initializer(Protocol):
-    """A function from a key, a shape and a dtype to the first value of a parameter (or to a value with metadata)."""
+    """A function from a key, a shape and a dtype to the first value of a parameter (or to a value with metadata).
+
+    Reference: the initializers of `jax.nn.initializers` are such functions.
+
+    Example:
+        >>> import jax.numpy as jnp, nnx
+        >>> def eye(key, shape, dtype=jnp.float32):
+        ...     return jnp.eye(*shape, dtype=dtype)
+        >>> nnx.Linear(2, 2, kernel_init=eye, ctx=nnx.context(0)).kernel.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
 
     def __call__(self, key: jax.Array, shape: Sequence[int], dtype: Any = ..., /) -> Any:
         """Makes the value.
@@ -145,48 +155,128 @@ def _by_value(factory: Callable[P, Any], doc: str) -> Callable[P, _ByValue]:
     return make
 
 
-constant = _by_value(_jax.constant, "Every element is `value`.")
-normal = _by_value(_jax.normal, "Normal with mean 0 and standard deviation `stddev`.")
+_ARGS = {
+    "value": "a number, or an array that broadcasts to the parameter's shape.",
+    "stddev": "the standard deviation.",
+    "lower": "where the distribution is cut, in standard deviations before truncation.",
+    "upper": "the same at the other end.",
+    "scale": "what the values are scaled by.",
+    "mode": '"fan_in", "fan_out", "fan_avg" or "fan_geo_avg".',
+    "distribution": '"truncated_normal", "normal" or "uniform".',
+    "in_axis": "axis or axes of the inputs in the parameter's shape.",
+    "out_axis": "axis or axes of the outputs.",
+    "batch_axis": "axis or axes that count for neither. Those left over are the receptive field.",
+    "column_axis": "the axis that holds the columns.",
+    "dtype": "the dtype where a call names none; `None` is JAX's default.",
+}
+
+
+def _doc(contract: str, equation: str, factory: Callable[..., Any], reference: str, call: str, result: str) -> str:
+    """A docstring; the factories take the same few arguments."""
+    args = "\n".join(f"    {name}: {_ARGS[name]}" for name in inspect.signature(factory).parameters)
+    modules = "jax, nnx" if "jax." in call else "nnx"
+    return (
+        f"{contract}\n\n{equation}\n\nArgs:\n{args}\n\nReturns:\n    An initializer.\n\nReference: {reference}\n\n"
+        f"Example:\n    >>> import {modules}\n    >>> nnx.initializers.{call}\n    {result}\n"
+    )
+
+
+def _fans(factory: Callable[..., Any], kind: str, variance: str, reference: str) -> Callable[..., _ByValue]:
+    """An initializer whose variance goes by the sizes of its parameter."""
+    contract = f"{kind}, with mean 0 and a variance that goes by the parameter's fans."
+    name = factory.__name__
+    call, result = f"{name}(in_axis=(-3, -2))", f"{name}(in_axis=(-3, -2), out_axis=-1, batch_axis=())"
+    return _by_value(factory, _doc(contract, f"`variance = {variance}`", factory, reference, call, result))
+
+
+constant = _by_value(
+    _jax.constant,
+    _doc(
+        "Every element is `value`.",
+        "`w = value`",
+        _jax.constant,
+        "`jax.nn.initializers.constant`.",
+        "constant(0.5)(jax.random.key(0), (2,)).tolist()",
+        "[0.5, 0.5]",
+    ),
+)
+normal = _by_value(
+    _jax.normal,
+    _doc(
+        "Normal with mean 0.",
+        "`variance = stddev ** 2`",
+        _jax.normal,
+        "`jax.nn.initializers.normal`.",
+        "normal()",
+        "normal(stddev=0.01)",
+    ),
+)
 truncated_normal = _by_value(
     _jax.truncated_normal,
-    "Normal with standard deviation `stddev` before truncation, cut at `lower` and `upper` standard deviations.",
+    _doc(
+        "Normal with mean 0 and standard deviation `stddev` before truncation, cut at both ends.",
+        "`w = stddev * z`, `z` a standard normal between `lower` and `upper`.",
+        _jax.truncated_normal,
+        "`jax.nn.initializers.truncated_normal`.",
+        "truncated_normal(0.1)",
+        "truncated_normal(stddev=0.1, lower=-2.0, upper=2.0)",
+    ),
 )
-uniform = _by_value(_jax.uniform, "Uniform over [0, `scale`).")
+uniform = _by_value(
+    _jax.uniform,
+    _doc(
+        "Uniform over [0, `scale`).",
+        "`mean = scale / 2`, `variance = scale ** 2 / 12`",
+        _jax.uniform,
+        "`jax.nn.initializers.uniform`.",
+        "uniform()",
+        "uniform(scale=0.01)",
+    ),
+)
 variance_scaling = _by_value(
     _jax.variance_scaling,
-    """Variance `scale / n`, where `n` is the fan in, the fan out, or a mean of both.
+    _doc(
+        "Mean 0 and a variance that goes by the parameter's fans.",
+        "`variance = scale / n`, where `n` is the fan in, the fan out, or their arithmetic or geometric mean.",
+        _jax.variance_scaling,
+        "He et al., 2015, Delving Deep into Rectifiers, arXiv:1502.01852.",
+        'variance_scaling(2.0, "fan_in", "normal")',
+        "variance_scaling(scale=2.0, mode='fan_in', distribution='normal', in_axis=-2, out_axis=-1, batch_axis=())",
+    ),
+)
 
-    Args:
-        scale: the numerator of the variance.
-        mode: "fan_in", "fan_out", "fan_avg" or "fan_geo_avg".
-        distribution: "truncated_normal", "normal" or "uniform".
-        in_axis: axis or axes of the inputs in the parameter's shape.
-        out_axis: axis or axes of the outputs.
-        batch_axis: axis or axes that count for neither. Those left over are the receptive field.
-        dtype: the dtype where a call names none.
-    """,
-)
-lecun_normal = _by_value(
-    _jax.lecun_normal, "Truncated normal of variance 1 / fan in (Klambauer et al., 2017, arXiv:1706.02515)."
-)
-lecun_uniform = _by_value(
-    _jax.lecun_uniform, "Uniform of variance 1 / fan in (LeCun et al., 1998, Efficient BackProp)."
-)
-glorot_normal = _by_value(
-    _jax.glorot_normal, "Truncated normal of variance 1 / mean of fan in and fan out (Glorot and Bengio, 2010)."
-)
-glorot_uniform = _by_value(
-    _jax.glorot_uniform, "Uniform of variance 1 / mean of fan in and fan out (Glorot and Bengio, 2010)."
-)
-he_normal = _by_value(_jax.he_normal, "Truncated normal of variance 2 / fan in (He et al., 2015, arXiv:1502.01852).")
-he_uniform = _by_value(_jax.he_uniform, "Uniform of variance 2 / fan in (He et al., 2015, arXiv:1502.01852).")
+_TRUNCATED, _UNIFORM = "Truncated normal", "Uniform"
+_LECUN = "LeCun et al., 1998, Efficient BackProp; Klambauer et al., 2017, arXiv:1706.02515."
+_GLOROT = "Glorot and Bengio, 2010, Understanding the difficulty of training deep feedforward neural networks."
+_HE = "He et al., 2015, Delving Deep into Rectifiers, arXiv:1502.01852."
+
+lecun_normal = _fans(_jax.lecun_normal, _TRUNCATED, "1 / fan_in", _LECUN)
+lecun_uniform = _fans(_jax.lecun_uniform, _UNIFORM, "1 / fan_in", _LECUN)
+glorot_normal = _fans(_jax.glorot_normal, _TRUNCATED, "2 / (fan_in + fan_out)", _GLOROT)
+glorot_uniform = _fans(_jax.glorot_uniform, _UNIFORM, "2 / (fan_in + fan_out)", _GLOROT)
+he_normal = _fans(_jax.he_normal, _TRUNCATED, "2 / fan_in", _HE)
+he_uniform = _fans(_jax.he_uniform, _UNIFORM, "2 / fan_in", _HE)
 orthogonal = _by_value(
     _jax.orthogonal,
-    "A random matrix with orthonormal rows or columns, times `scale` (Saxe et al., 2013, arXiv:1312.6120).",
+    _doc(
+        "A random matrix with orthonormal rows or columns, whichever are fewer, times `scale`.",
+        "`w w^T = scale ** 2 I`, or `w^T w`, the matrix having the size of `column_axis` and that of all other axes.",
+        _jax.orthogonal,
+        "Saxe et al., 2013, Exact solutions to the nonlinear dynamics of learning, arXiv:1312.6120.",
+        "orthogonal(2.0)",
+        "orthogonal(scale=2.0, column_axis=-1)",
+    ),
 )
 delta_orthogonal = _by_value(
     _jax.delta_orthogonal,
-    "A convolution kernel, orthogonal at its centre and zero elsewhere (Xiao et al., 2018, arXiv:1806.05393).",
+    _doc(
+        "A kernel of a convolution, orthogonal at its centre and zero elsewhere.",
+        "`w[centre] w[centre]^T = scale ** 2 I`, [in_features, out_features], the outputs being at least as many.",
+        _jax.delta_orthogonal,
+        "Xiao et al., 2018, Dynamical Isometry and a Mean Field Theory of CNNs, arXiv:1806.05393.",
+        "delta_orthogonal()",
+        "delta_orthogonal(scale=1.0, column_axis=-1)",
+    ),
 )
 
 xavier_normal = glorot_normal
@@ -200,10 +290,32 @@ ones = _jax.ones
 
 
 def zeros_init() -> Initializer:
-    """The initializer `zeros`, for those used to calling every name of this module."""
+    """The initializer `zeros`, for those used to calling every name of this module.
+
+    Returns:
+        An initializer.
+
+    Reference: `jax.nn.initializers.zeros`, which it is.
+
+    Example:
+        >>> import jax, nnx
+        >>> nnx.initializers.zeros_init()(jax.random.key(0), (2,)).tolist()
+        [0.0, 0.0]
+    """
     return zeros
 
 
 def ones_init() -> Initializer:
-    """The initializer `ones`, for those used to calling every name of this module."""
+    """The initializer `ones`, for those used to calling every name of this module.
+
+    Returns:
+        An initializer.
+
+    Reference: `jax.nn.initializers.ones`, which it is.
+
+    Example:
+        >>> import jax, nnx
+        >>> nnx.initializers.ones_init()(jax.random.key(0), (2,)).tolist()
+        [1.0, 1.0]
+    """
     return ones
