@@ -1,4 +1,4 @@
-"""The campaign of faults: `hatch run faults --kills 200 --damages 200`."""
+"""The campaign of faults: `hatch run faults --kills 200 --damages 200 --kills-of-processes 20`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 
 from tests.faults.damage import damages
 from tests.faults.kills import kills
+from tests.faults.processes import kills_of_processes
 
 
 def main() -> None:
@@ -13,6 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="hatch run faults", description="Kill runs and damage checkpoints.")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--damages", type=int, default=200)
+    parser.add_argument("--kills-of-processes", type=int, default=20, help="of runs of one, two and four processes")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.damages:
@@ -21,6 +23,8 @@ def main() -> None:
         print(f"{given.damages} damages: {shown}; 0 silently wrong", flush=True)
     if given.kills:
         kills(given.kills, seed=given.seed, say=lambda line: print(line, flush=True))
+    if given.kills_of_processes:
+        kills_of_processes(given.kills_of_processes, seed=given.seed, say=lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

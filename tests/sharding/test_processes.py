@@ -4,19 +4,15 @@ import json
 import signal
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.faults.processes import Life, committed
+from tests.sharding import program
 
+import nnx
+from nnx.train._storage import MANIFEST
 from nnx.train.launch import launch, main
-
-PROGRAM = str(Path(__file__).with_name("program.py"))
-
-
-def run(out, checkpoints, *, processes, devices, steps=6, die_at=0):
-    command = [sys.executable, PROGRAM, str(out), str(checkpoints), str(steps), str(die_at)]
-    return launch(command, processes, devices=devices, timeout=400)
 
 
 def records(out, processes):
@@ -24,38 +20,61 @@ def records(out, processes):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_with_another_number_of_processes(tmp_path):
+def test_a_run_that_was_killed_goes_on_with_another_number_of_processes(tmp_path, capfd):
     out, saved = tmp_path / "out", tmp_path / "saved"
     out.mkdir()
-    assert run(out, tmp_path / "alone", processes=1, devices=4) == 0
+    assert Life(out, tmp_path / "alone", processes=1, steps=8).end() == 0
     (alone,) = records(out, 1)
-    assert list(alone["losses"]) == [str(n) for n in range(1, 7)]
+    assert list(alone["losses"]) == [str(n) for n in range(1, 9)]
 
-    assert run(out, saved, processes=2, devices=2, die_at=5) == -signal.SIGKILL
+    # Two processes, the second of which is killed while both are writing step 6.
+    life = Life(out, saved, processes=2, steps=8)
+    assert life.kill(1, when=(saved / ".writing-6").exists) == -signal.SIGKILL
+    assert "process 1 was killed by SIGKILL; the other is ended" in capfd.readouterr().err
     first, second = records(out, 2)
     assert first["held"] == second["held"] == [[4, 32], [4, 32]]
     assert first["losses"] == {**second["losses"], **first["losses"]}
-    assert sorted(path.name for path in saved.iterdir() if path.name.isdecimal()) == ["2", "4"]
+    steps = committed(saved)
+    assert steps in ([2, 4], [2, 4, 6])
     files = [path for path in (saved / "4" / "state").glob("ocdbt.process_*") if any((path / "d").iterdir())]
     assert len(files) == 2, "each process writes its own shards"
 
-    assert run(out, saved, processes=4, devices=1) == 0
+    # The newest is damaged so that no process can tell by itself: what they have read together does not add up.
+    with nnx.Checkpointer(saved) as checkpointer:
+        manifest = checkpointer.inspect()
+    entry = manifest.items["state"]["model/mlp/layers/0/kernel"]
+    assert entry.crc is None
+    manifest.items["state"]["model/mlp/layers/0/kernel"] = type(entry)(
+        entry.spec, nbytes=entry.nbytes, sum=entry.sum + 1
+    )
+    (saved / str(steps[-1]) / MANIFEST).write_text(manifest.to_text())
+
+    # Four processes put it aside, all of them, and go on from the one before. One of them may not write at step 7.
+    life = Life(out, saved, processes=4, steps=8, fail_at=7)
+    assert life.end() == 0
     others = records(out, 4)
-    for record in others:
-        assert record["from"] == 4
+    for number, record in enumerate(others):
+        assert record["from"] == steps[-2]
+        assert len(record["said"]) == 1
+        assert f"does not have its checksum; it was renamed to corrupt-{steps[-1]}" in record["said"][0]
         assert record["held"] == [[4, 32]]
-        assert list(record["losses"]) == ["5", "6"]
+        assert list(record["losses"]) == [str(n) for n in range(steps[-2] + 1, 9)]
         assert record["average"] == others[0]["average"]
+        said = {0: "process 1 could not write its part", 1: "File too large"}.get(number, "another process could not")
+        assert "step 7" in record["failed"]
+        assert said in record["failed"]
+    assert committed(saved)[-2:] == [6, 8]
     together = {**first["losses"], **others[0]["losses"]}
     np.testing.assert_allclose(
-        [together[str(n)] for n in range(1, 7)], [alone["losses"][str(n)] for n in range(1, 7)], rtol=2e-6
+        [together[str(n)] for n in range(1, 9)], [alone["losses"][str(n)] for n in range(1, 9)], rtol=2e-6
     )
 
-    # And back: one process reads what four have written.
-    assert run(out, saved, processes=1, devices=4, steps=7) == 0
+    # And back: one process reads what four have written, in whole, and checks it.
+    program.main(out, saved, 9)
     (last,) = records(out, 1)
-    assert last["from"] == 6
-    assert list(last["losses"]) == ["7"]
+    assert last["from"] == 8
+    assert last["said"] == []
+    assert list(last["losses"]) == ["9"]
 
 
 def test_the_launcher_numbers_the_processes_and_their_lines(capfd):

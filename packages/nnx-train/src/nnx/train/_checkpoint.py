@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import functools
 import operator
 import os
 from collections.abc import Mapping
@@ -13,12 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import jax
-import numpy as np
-
 from nnx.core import Context, StructureError
 from nnx.train import _together as together
 from nnx.train._errors import CheckpointError, CheckpointNotFoundError, CorruptError
+from nnx.train._given import check_concrete, floats_of, method_of, through_json
 from nnx.train._keep import Keep
 from nnx.train._leaves import Flat, flatten, rebuild
 from nnx.train._manifest import (
@@ -30,6 +28,7 @@ from nnx.train._manifest import (
 )
 from nnx.train._match import Match, RestoreReport
 from nnx.train._reader import Reader
+from nnx.train._shared_write import SharedWrite
 from nnx.train._storage import Storage
 from nnx.train._writer import Writer
 
@@ -57,6 +56,15 @@ class Restored:
     report: RestoreReport | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What was read of a step, and is not put in place yet."""
+
+    manifest: Manifest
+    matches: Mapping[str, Match]
+    values: Mapping[str, list[Any]]
+
+
 class Checkpointer:
     """Saves values by step in a directory, and restores them bit by bit.
 
@@ -70,9 +78,10 @@ class Checkpointer:
     the one before it restored. One process at a time may save in a directory; any number may read.
 
     With several processes of `jax.distributed`, each makes a Checkpointer of one directory that all of them see, and
-    all call `save` and `restore` with the same arguments. Each writes and reads the shards that it holds, before `save`
-    returns and without checksums; a damaged checkpoint is then an error, and not put aside. A checkpoint may be
-    restored by another number of processes than saved it.
+    all call `save` and `restore` with the same arguments. Each writes and reads the shards that it holds. All of the
+    above holds for them together: a step counts when every process has written its part; damage that one of them finds
+    is damage for all; where one cannot write or read, all raise. A checkpoint may be restored by another number of
+    processes than saved it.
 
     A Checkpointer is a context manager: leaving the block waits for the save that is under way. Without a block it is
     waited for when the program ends.
@@ -147,6 +156,7 @@ class Checkpointer:
         self._writer = Writer(in_background=async_save)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="nnx-checkpoint")
         self._writing: int | None = None
+        self._committed: int | None = None  # by several processes, not all of which may see it at once
         self._reader = Reader(ocp, self._storage, self._pool)
         self._closed = False
 
@@ -160,9 +170,8 @@ class Checkpointer:
         """The steps of the checkpoints in the directory, in rising order, the one being written included."""
         self._check_open()
         steps = set(self._storage.steps())
-        writing = self._writing  # read once: the background sets it to None
-        if writing is not None:
-            steps.add(writing)
+        # Read in this order, as the background sets them in the other one.
+        steps.update(step for step in (self._writing, self._committed) if step is not None)
         return tuple(sorted(steps))
 
     @property
@@ -235,39 +244,24 @@ class Checkpointer:
         self._check_errors()
         if not (force or step % self._save_every == 0):
             return False
-        steps = self.steps
-        if step in steps:
+        if not together.is_together() and not self._is_new(step):  # of several processes the first one says so
             return False
-        if steps and step < steps[-1]:
-            raise CheckpointError(
-                f"cannot save step {step} in {self._path}: step {steps[-1]} is there, and only the newest are kept. "
-                "Save to another directory, or remove the later steps"
-            )
         items = {"state": flatten(state_or_module, "the value to save")}
         if context is not None:
             items["context"] = flatten(context, "the context to save")
-        _check_concrete(items)
-        floats = _floats(metrics or {})
+        check_concrete(items)
+        floats = floats_of(metrics or {})
         if self._keep.metric is not None and floats and self._keep.metric not in floats:
             raise ValueError(
                 f"Checkpointer.save: best_metric is {self._keep.metric!r}, and the metrics are "
                 f"{', '.join(map(repr, floats))}"
             )
-        position = None if data_iter is None else encode_state(_iterator(data_iter, "get_state")())
-        try:
-            # Through JSON and back at once: what cannot make the way is refused now, and what is saved no longer
-            # changes.
-            extra = json.loads(json.dumps(extra))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"Checkpointer.save: `extra` must be what JSON can hold: {error}") from error
+        position = None if data_iter is None else encode_state(method_of(data_iter, "get_state")())
+        extra = through_json(extra)
         self.wait()
         if together.is_together():
-            with self._as_errors(f"saving step {step} in {self._path} failed"):
-                self._write_together(step, items, floats, extra, position)
-            return True
-        self._storage.lock()
-        self._storage.check_free(step)
-        self._reader.put_strays_aside()
+            return self._save_together(step, items, floats, extra, position)
+        self._prepare(step)
         copies = snapshot(items, self._pool)
         self._writing = step
 
@@ -280,6 +274,24 @@ class Checkpointer:
         with self._as_errors(f"saving step {step} in {self._path} failed"):
             self._writer.submit(job)
         return True
+
+    def _is_new(self, step: int) -> bool:
+        """Whether a step is not saved yet, nor a later one, which is an error."""
+        steps = self.steps
+        if step in steps:
+            return False
+        if steps and step < steps[-1]:
+            raise CheckpointError(
+                f"cannot save step {step} in {self._path}: step {steps[-1]} is there, and only the newest are kept. "
+                "Save to another directory, or remove the later steps"
+            )
+        return True
+
+    def _prepare(self, step: int) -> None:
+        """Become the one that writes here, and make way for a step."""
+        self._storage.lock()
+        self._storage.check_free(step)
+        self._reader.put_strays_aside()
 
     def _write(
         self, step: int, copies: Mapping[str, Any], metrics: dict[str, float], extra: Any, position: Any
@@ -295,16 +307,54 @@ class Checkpointer:
         self._reader.manifests[step] = manifest
         self._remove_old()
 
-    def _write_together(
+    def _save_together(
         self, step: int, items: Mapping[str, Flat], metrics: dict[str, float], extra: Any, position: Any
-    ) -> None:
-        entries, arrays = together.contents(items)
-        manifest = Manifest(step, entries, metrics, extra, position)
-        together.write(self._ocp, self._reader.handler(), self._storage, manifest, arrays)
-        self._reader.manifests[step] = manifest
-        if together.is_first():
-            self._remove_old()
-        together.barrier(f"removed before {step}")
+    ) -> bool:
+        def begin() -> int | None:
+            if not self._is_new(step):
+                return None
+            self._storage.lock()
+            self._storage.check_free(step)
+            folder = self._storage.begin(step)
+            for name in items:
+                (folder / name).mkdir()
+            return together.token()
+
+        what = f"saving step {step} in {self._path} failed"
+        with self._as_errors(what):
+            number = together.decide(begin)
+            if number is None:
+                return False
+            self._reader.put_strays_aside()
+            write, _ = together.agreed(
+                lambda: (
+                    SharedWrite(
+                        self._ocp,
+                        self._storage,
+                        step,
+                        number,
+                        items,
+                        checked=self._checksum,
+                        pool=self._pool,
+                    ),
+                    None,
+                )
+            )
+        self._writing = step
+
+        def job() -> None:
+            try:
+                manifest = write.finish(metrics, extra, position)
+                self._committed = step
+                if manifest is not None:
+                    self._reader.manifests[step] = manifest
+                    self._remove_old()
+            finally:
+                self._writing = None
+
+        with self._as_errors(what):
+            self._writer.submit(job)
+        return True
 
     def _remove_old(self) -> None:
         for old in self._keep.removable(self._storage.steps(), self._reader.metrics()):
@@ -359,32 +409,40 @@ class Checkpointer:
         if context is not None:
             items["context"] = flatten(context, "`context`")
         if data_iter is not None:
-            _iterator(data_iter, "set_state")
-        first = self._reader.put_strays_aside() if step is None and not together.is_together() else None
+            method_of(data_iter, "set_state")
+
+        def attempt(candidate: int) -> tuple[_Read, Any]:
+            manifest, matches = self._reader.match(candidate, items, options)
+            if data_iter is not None and manifest.data_iter is None:
+                raise StructureError(
+                    f"the checkpoint of step {candidate} in {self._path} has no position of a data iterator: it "
+                    "was saved without `data_iter`"
+                )
+            values, sums = self._reader.read(candidate, items, matches, mesh, verify=verify)
+            return _Read(manifest, matches, values), sums
+
+        first = self._reader.put_strays_aside() if step is None else None
         tried: set[int] = set()
         while True:
             try:
-                candidate = next(found for found in self._reader.candidates(step) if found not in tried)
+                candidates = together.decide(lambda: self._reader.candidates(step))
+                candidate = next(found for found in candidates if found not in tried)
             except (StopIteration, CheckpointNotFoundError):
                 if first is None:
                     raise
                 raise first from None
             tried.add(candidate)
             try:
-                manifest, matches = self._reader.match(candidate, items, options)
-                if data_iter is not None and manifest.data_iter is None:
-                    raise StructureError(
-                        f"the checkpoint of step {candidate} in {self._path} has no position of a data iterator: it "
-                        "was saved without `data_iter`"
-                    )
-                values = self._reader.read(candidate, items, matches, mesh, verify=verify)
+                read, sums = together.agreed(functools.partial(attempt, candidate))
+                self._reader.check_sums(candidate, read.manifest, sums)
             except CorruptError as error:
-                if step is not None or together.is_together():  # processes must not differ in what they restore
+                if step is not None:
                     raise
                 first = first or error
+                self._committed = None
                 self._reader.put_aside(candidate, error)
                 continue
-            return self._install(manifest, items, matches, values, data_iter)
+            return self._install(read, items, data_iter)
 
     def check(
         self,
@@ -430,12 +488,11 @@ class Checkpointer:
 
     def _install(
         self,
-        manifest: Manifest,
+        read: _Read,
         items: Mapping[str, Flat],
-        matches: Mapping[str, Match],
-        values: Mapping[str, list[Any]],
         data_iter: Any,
     ) -> Restored:
+        manifest, matches, values = read.manifest, read.matches, read.values
         if data_iter is None:
             rebuilt = rebuild(items, values)
         else:
@@ -505,33 +562,6 @@ class Checkpointer:
 
     def __repr__(self) -> str:
         return f"Checkpointer({self._path!r}, {'closed' if self._closed else f'steps={list(self.steps)}'})"
-
-
-def _check_concrete(items: Mapping[str, Flat]) -> None:
-    for flat in items.values():
-        for leaf in flat.leaves:
-            if isinstance(leaf.value, jax.ShapeDtypeStruct):
-                raise TypeError(f"Checkpointer.save: `{leaf.path}` is a ShapeDtypeStruct, which has no data")
-
-
-def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    result = {}
-    for name, value in metrics.items():
-        try:
-            result[str(name)] = float(np.asarray(value).reshape(()))
-        except (TypeError, ValueError):
-            raise TypeError(f"Checkpointer.save: the metric {name!r} is a number, got {value!r:.60}") from None
-    return result
-
-
-def _iterator(data_iter: Any, method: str) -> Any:
-    found = getattr(data_iter, method, None)
-    if not callable(found):
-        raise TypeError(
-            f"Checkpointer: a data iterator has `get_state` and `set_state`, and a {type(data_iter).__name__} has no "
-            f"`{method}`"
-        )
-    return found
 
 
 def _joined(matches: Mapping[str, Match]) -> RestoreReport:

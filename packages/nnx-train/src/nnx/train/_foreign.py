@@ -16,7 +16,7 @@ import numpy as np
 from nnx.core import State
 from nnx.train._errors import CheckpointError, CheckpointNotFoundError, CorruptError
 from nnx.train._leaves import Spec, path_of
-from nnx.train._manifest import Entry, Manifest, checksum, decode
+from nnx.train._manifest import Entry, Manifest, decode
 from nnx.train._reader import Reader
 from nnx.train._storage import MANIFEST, Storage
 
@@ -80,7 +80,7 @@ class Found:
     def check(self, item: str, path: str, array: Any) -> None:
         """Raise a CorruptError if an array does not have its checksum."""
         entry = self.items[item][path]
-        if entry.crc is not None and checksum(array) != entry.crc:
+        if not entry.holds(array):
             raise CorruptError(
                 f"{self.folder} is damaged: `{path}` of `{item}` does not have its checksum", self.step, item, path
             )
@@ -97,7 +97,7 @@ class Found:
                 yield f"`{item}` cannot be read: {error}"
                 continue
             for path, entry in leaves.items():
-                if path in arrays and entry.crc is not None and checksum(arrays[path]) != entry.crc:
+                if path in arrays and not entry.holds(arrays[path]):
                     yield f"`{path}` of `{item}` does not have its checksum"
 
 

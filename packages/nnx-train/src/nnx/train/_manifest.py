@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nnx.train._additive import whole_sum
 from nnx.train._leaves import Flat, Leaf, Spec, key_data, spec_of
 
 __all__ = [
@@ -46,12 +47,25 @@ class Entry:
         crc: the checksum of its bytes; None if none was asked for or there are no bytes.
         offset: where it is in the packed array; None if it is an array of its own.
         nbytes: the number of its bytes.
+        sum: the sum of the checksums of its parts, if several processes held them; None for others.
     """
 
     spec: Spec
     crc: int | None = None
     offset: int | None = None
     nbytes: int = 0
+    sum: int | None = None
+
+    @property
+    def checked(self) -> bool:
+        """Whether there is a checksum."""
+        return self.crc is not None or self.sum is not None
+
+    def holds(self, array: np.ndarray[Any, Any]) -> bool:
+        """Whether an array has the checksum, if there is one; of a key, whether its numbers have."""
+        if self.sum is not None:
+            return whole_sum(array) == self.sum
+        return self.crc is None or checksum(array) == self.crc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +99,7 @@ class Manifest:
                     **entry.spec.to_json(),
                     **({} if entry.crc is None else {"crc": entry.crc}),
                     **({} if entry.offset is None else {"offset": entry.offset}),
+                    **({} if entry.sum is None else {"sum": entry.sum}),
                     "nbytes": entry.nbytes,
                 }
                 for path, entry in leaves.items()
@@ -126,8 +141,9 @@ class Manifest:
             items[item] = {}
             for path, fields in leaves.items():
                 own = dict(fields)
-                crc, offset, nbytes = own.pop("crc", None), own.pop("offset", None), own.pop("nbytes")
-                items[item][path] = Entry(Spec.from_json(own), crc, offset, nbytes)
+                crc, offset, total = own.pop("crc", None), own.pop("offset", None), own.pop("sum", None)
+                nbytes = own.pop("nbytes")
+                items[item][path] = Entry(Spec.from_json(own), crc, offset, nbytes, total)
         metrics = {name: float(value) for name, value in body["metrics"].items()}
         return cls(body["step"], items, metrics, body["extra"], body["data_iter"])
 

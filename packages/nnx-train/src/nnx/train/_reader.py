@@ -6,7 +6,7 @@ import contextlib
 import errno
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,12 +16,13 @@ import numpy as np
 
 from nnx.core import StructureError, get_named_sharding
 from nnx.core._sharding import current_rules
+from nnx.train._additive import MODULUS, partial_sum
 from nnx.train._errors import CheckpointError, CheckpointNotFoundError, CheckpointWarning, CorruptError
 from nnx.train._leaves import Flat, Leaf, Spec
-from nnx.train._manifest import PACKED, Entry, FutureFormatError, Manifest, checksum, decode
+from nnx.train._manifest import PACKED, Entry, FutureFormatError, Manifest, decode
 from nnx.train._match import Match, match
 from nnx.train._storage import Storage
-from nnx.train._together import place
+from nnx.train._together import decide, place
 
 __all__ = ["Reader", "decode_leaf"]
 
@@ -146,14 +147,19 @@ class Reader:
         mesh: Any,
         *,
         verify: bool,
-    ) -> dict[str, list[Any]]:
-        """The new leaves of each item."""
+    ) -> tuple[dict[str, list[Any]], dict[str, dict[str, int]]]:
+        """The new leaves of each item, and by item and path what this process adds to the checksums of arrays.
+
+        Of an array that several processes read, none can check the sum by itself: see `check_sums`.
+        """
         result = {}
+        sums: dict[str, dict[str, int]] = {}
         for name, flat in items.items():
             sources = matches[name].sources
             targets = _shardings(flat, mesh)
             direct = _spread(flat, sources, targets)
             arrays = self.read_arrays(step, name, list(sources.values()), direct)
+            sums[name] = _sums_of(sources, arrays, self._pool) if verify else {}
 
             def value(
                 leaf: Leaf,
@@ -170,7 +176,29 @@ class Reader:
                 return decode_leaf(leaf, source, entry, arrays, targets.get(leaf.path))
 
             result[name] = list(self._pool.map(value, flat.leaves))
-        return result
+        return result, sums
+
+    def check_sums(self, step: int, manifest: Manifest, every: Sequence[Mapping[str, Mapping[str, int]]]) -> None:
+        """Raise a CorruptError if what the processes have read of an array does not add up to its checksum.
+
+        Args:
+            step: the step.
+            manifest: its manifest.
+            every: the sums that `read` gave in each process.
+        """
+        for name in every[0]:
+            for path in every[0][name]:
+                if sum(sums[name][path] for sums in every) % MODULUS != manifest.items[name][path].sum:
+                    raise self._no_checksum(step, name, path)
+
+    def _no_checksum(self, step: int, name: str, path: str) -> CorruptError:
+        return CorruptError(
+            f"the checkpoint of step {step} in {self._path} is damaged: `{path}` of `{name}` does not have its "
+            "checksum",
+            step,
+            name,
+            path,
+        )
 
     def read_arrays(
         self, step: int, name: str, sources: list[tuple[str, Entry]], direct: Mapping[str, Any] | None = None
@@ -190,7 +218,7 @@ class Reader:
             kinds[f"leaf:{path}"] = ocp.ArrayRestoreArgs(sharding=sharding)
         arguments = ocp.args.PyTreeRestore(item=dict.fromkeys(keys, 0), restore_args=kinds, partial_restore=True)
         try:
-            with ocp.Checkpointer(self.handler()) as reader:
+            with ocp.Checkpointer(self.handler(), multiprocessing_options=self._alone()) as reader:
                 found = dict(reader.restore(self._storage.folder(step) / name, args=arguments))
         except MemoryError:
             raise
@@ -216,40 +244,66 @@ class Reader:
                 )
         return found
 
+    def _alone(self) -> Any:
+        """Has orbax wait for no other process: one that finds a damage must not leave the others waiting."""
+        me = jax.process_index()
+        return self._ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+
     def handler(self) -> Any:
         """What reads and writes arrays."""
         # Parameters are close to noise: compressing them takes longer than writing them.
         return self._ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
 
     def _verify(self, step: int, name: str, path: str, entry: Entry, arrays: Mapping[str, Any]) -> None:
-        if entry.crc is not None and checksum(decode(path, entry, arrays, (-1,), np.uint8)) != entry.crc:
-            raise CorruptError(
-                f"the checkpoint of step {step} in {self._path} is damaged: `{path}` of `{name}` does not have its "
-                "checksum",
-                step,
-                name,
-                path,
-            )
+        if not entry.checked or isinstance(arrays.get(f"leaf:{path}"), jax.Array):
+            return  # nothing to check, or only together with the other processes
+        if entry.sum is None:
+            whole = decode(path, entry, arrays, (-1,), np.uint8)
+        else:
+            whole = np.asarray(arrays[f"leaf:{path}"])
+        if not entry.holds(whole):
+            raise self._no_checksum(step, name, path)
 
     def put_aside(self, step: int, error: CorruptError) -> None:
-        """Rename a damaged step, and say so."""
+        """Rename a damaged step, and say so. Of several processes, called in each, the first one renames it."""
         self.manifests.pop(step, None)
-        try:
-            aside = f"it was renamed to {self._storage.quarantine(step).name}"
-        except FileNotFoundError:
-            return  # whoever saves here has removed it while it was read
-        except OSError as problem:
-            aside = f"it could not be renamed ({problem})"
+
+        def rename() -> str | None:
+            try:
+                return f"it was renamed to {self._storage.quarantine(step).name}"
+            except FileNotFoundError:
+                return None  # whoever saves here has removed it while it was read
+            except OSError as problem:
+                return f"it could not be renamed ({problem})"
+
+        aside = decide(rename)
+        if aside is None:
+            return
         warnings.warn(f"{error}; {aside}, and the checkpoint before it is used", CheckpointWarning, stacklevel=4)
 
     def put_strays_aside(self) -> CorruptError | None:
-        """Rename what has lost its manifest, and give the error for the newest of it."""
+        """Rename what has lost its manifest, and give the error for the newest of it. Called in every process."""
         found: CorruptError | None = None
-        for step in reversed(self._storage.strays()):
+        for step in reversed(decide(self._storage.strays)):
             error = self.without_manifest(step)
             self.put_aside(step, error)
             found = found or error
         return found
+
+
+def _sums_of(
+    sources: Mapping[str, tuple[str, Entry]], arrays: Mapping[str, Any], pool: ThreadPoolExecutor
+) -> dict[str, int]:
+    """What this process has read of each array that it has not read as a whole, as a part of the array's checksum."""
+
+    def own(array: jax.Array) -> int:
+        parts = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+        starts = [tuple(part.start or 0 for part in shard.index) for shard in parts]
+        return sum(partial_sum(np.asarray(shard.data), at) for shard, at in zip(parts, starts, strict=True)) % MODULUS
+
+    found = {path: arrays.get(f"leaf:{path}") for path, entry in sources.values() if entry.sum is not None}
+    spread = {path: array for path, array in found.items() if isinstance(array, jax.Array)}
+    return dict(zip(spread, pool.map(own, spread.values()), strict=True))
 
 
 def _shardings(flat: Flat, mesh: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import IO
 from nnx.train._errors import CheckpointError
 from nnx.train._manifest import Manifest
 
-__all__ = ["MANIFEST", "Storage"]
+__all__ = ["MANIFEST", "Storage", "flush"]
 
 MANIFEST = "nnx_manifest.json"
 _ITEMS = {"state", "context"}
@@ -128,23 +128,36 @@ class Storage:
                 "Move it, or save in another directory"
             )
 
+    def begin(self, step: int) -> Path:
+        """Make an empty folder to write a step to. It counts for nothing until it is committed."""
+        self.abandon(step)
+        folder = self.writing_folder(step)
+        folder.mkdir()
+        return folder
+
+    def commit(self, step: int, manifest: Manifest) -> None:
+        """Make what was written to the folder the step: flushed to the disk first, then renamed."""
+        folder = self.writing_folder(step)
+        (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
+        for parent, _, files in os.walk(folder):
+            for name in files:
+                flush(Path(parent) / name)
+            flush(Path(parent))
+        folder.rename(self.folder(step))
+        flush(self.root)
+
+    def abandon(self, step: int) -> None:
+        """Remove what was written to the folder of a step."""
+        shutil.rmtree(self.writing_folder(step), ignore_errors=True)
+
     @contextlib.contextmanager
     def writing(self, step: int, manifest: Manifest) -> Iterator[Path]:
         """A folder to write a step to, which becomes the step when the block ends well."""
-        folder = self.writing_folder(step)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         try:
-            yield folder
-            (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
-            for parent, _, files in os.walk(folder):
-                for name in files:
-                    _flush(Path(parent) / name)
-                _flush(Path(parent))
-            folder.rename(self.folder(step))
-            _flush(self.root)
+            yield self.begin(step)
+            self.commit(step, manifest)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            self.abandon(step)
             raise
 
     def remove(self, step: int) -> None:
@@ -188,7 +201,8 @@ def _lock_file(file: IO[str]) -> bool:
     return True
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk hold a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,18 +1,29 @@
-"""Saving and restoring with every process of `jax.distributed`: each writes and reads the shards that it holds."""
+"""Several processes as one: what the first one finds is everyone's, and what fails in one fails in all of them.
+
+Decisions are taken where all processes are at the same line, by collectives of JAX's. In the background, where a
+collective would get between those of a training step, they only wait for one another at barriers of the service that
+`jax.distributed` has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from nnx.train._leaves import Flat, Leaf, key_data, spec_of
-from nnx.train._manifest import Entry, Manifest
-from nnx.train._storage import Storage
+from nnx.core import NnxError, StructureError
+from nnx.train._errors import CheckpointError, CheckpointNotFoundError, CorruptError
 
-__all__ = ["barrier", "contents", "is_first", "is_together", "place", "write"]
+__all__ = ["agreed", "barrier", "decide", "is_first", "is_together", "place", "token"]
+
+_T = TypeVar("_T")
+_TIMEOUT = 3_600  # seconds: the slowest process may take that much longer to write its part than the fastest one
+_MINIMUM = 256  # bytes: of a power of two, so that few sizes are compiled for
+_tokens = itertools.count()
 
 
 def is_together() -> bool:
@@ -25,63 +36,108 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(what: str) -> None:
-    """Wait until every process has come here."""
+def token() -> int:
+    """A number that this process has not given before, to name barriers with."""
+    return next(_tokens)
+
+
+def barrier(ocp: Any, name: str) -> None:
+    """Wait until every process has come here, on any thread.
+
+    Args:
+        ocp: the module `orbax.checkpoint`, which gets at the service.
+        name: one that no barrier has had before.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=f"nnx checkpoint {name}", timeout_ms=_TIMEOUT * 1000)
+
+
+def _gather(value: Any) -> list[Any]:
+    """What each process has, in every process, through JSON."""
     from jax.experimental import multihost_utils
 
-    multihost_utils.sync_global_devices(f"nnx checkpoint: {what}")
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(data)], np.int32))).reshape(-1)
+    padded = np.zeros(max(_MINIMUM, 1 << int(sizes.max() - 1).bit_length()), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def contents(items: Mapping[str, Flat]) -> tuple[dict[str, dict[str, Entry]], dict[str, dict[str, Any]]]:
-    """For each item its entries, and its arrays as they are: those that several processes hold are not gathered.
+def decide(find: Callable[[], _T]) -> _T:
+    """What the first process finds, in every process, and the error if it raises one.
 
-    There are no checksums: no process has all the bytes that one would be of.
+    Args:
+        find: called in the first process alone; gives what JSON can hold.
     """
-    entries: dict[str, dict[str, Entry]] = {}
-    arrays: dict[str, dict[str, Any]] = {}
-    for name, flat in items.items():
-        entries[name], arrays[name] = {}, {}
-        for leaf in flat.leaves:
-            spec = spec_of(leaf)
-            data = _data(leaf) if spec.stored else None
-            entries[name][leaf.path] = Entry(spec, nbytes=0 if data is None else data.nbytes)
-            if data is not None:
-                arrays[name][f"leaf:{leaf.path}"] = data
-    return entries, arrays
-
-
-def _data(leaf: Leaf) -> Any:
-    data = key_data(leaf.value)
-    # What one process has alone is the same in each, as a step count is; the first one writes it.
-    return data if isinstance(data, jax.Array) and not data.is_fully_addressable else np.asarray(data)
-
-
-def write(
-    ocp: Any, handler: Any, storage: Storage, manifest: Manifest, arrays: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Write a step, in every process at once.
-
-    The first process makes the folder, and gives it its name when all have written what they hold: a process that dies
-    before leaves nothing that counts.
-    """
-    step = manifest.step
-
-    def write_shards(folder: Any) -> None:
-        barrier(f"begin {step}")
-        for name, own in arrays.items():
-            if own:
-                with ocp.Checkpointer(handler) as writer:
-                    writer.save(folder / name, args=ocp.args.PyTreeSave(dict(own)))
-        barrier(f"written {step}")
-
+    if not is_together():
+        return find()
+    found, error = None, None
     if is_first():
-        storage.lock()
-        storage.check_free(step)
-        with storage.writing(step, manifest) as folder:
-            write_shards(folder)
-    else:
-        write_shards(storage.writing_folder(step))
-    barrier(f"named {step}")
+        try:
+            found = find()
+        except Exception as raised:  # noqa: BLE001 - raised below, once the others know of it
+            error = raised
+    told, problem = _gather([found, _told(error)])[0]
+    if error is not None:
+        raise error
+    if problem is not None:
+        raise _error(problem)
+    result: _T = told
+    return result
+
+
+def agreed(attempt: Callable[[], tuple[_T, Any]]) -> tuple[_T, list[Any]]:
+    """What each process does for itself, unless it fails in one of them: then it has failed in all.
+
+    An error that tells of the machine goes before one that tells of the files, which would be put aside for it.
+
+    Args:
+        attempt: gives a result, and what the others are to know of it, as JSON holds it.
+
+    Returns:
+        The own result, and what there is to know of every process.
+    """
+    if not is_together():
+        result, known = attempt()
+        return result, [known]
+    mine: tuple[_T, Any] | None = None
+    error: Exception | None = None
+    try:
+        mine = attempt()
+    except Exception as raised:  # noqa: BLE001 - as above
+        error = raised
+    every = _gather([mine and mine[1], _told(error)])
+    problems = [(number, problem) for number, (_, problem) in enumerate(every) if problem is not None]
+    if problems:
+        number, worst = min(problems, key=lambda found: found[1]["kind"] == CorruptError.__name__)
+        if error is not None and _told(error) == worst:
+            raise error
+        raise _error(worst, f"in process {number}: ")
+    assert mine is not None
+    return mine[0], [known for known, _ in every]
+
+
+_KINDS: dict[str, type[NnxError]] = {
+    kind.__name__: kind for kind in (CheckpointError, CheckpointNotFoundError, StructureError)
+}
+
+
+def _told(error: Exception | None) -> Any:
+    if error is None:
+        return None
+    found: dict[str, Any] = {"kind": type(error).__name__, "message": str(error)}
+    if isinstance(error, CorruptError):
+        found["where"] = [error.step, error.item, error.path]
+    elif type(error).__name__ not in _KINDS:
+        found["message"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _error(told: Any, who: str = "") -> Exception:
+    message = who + told["message"]
+    if told["kind"] == CorruptError.__name__:
+        return CorruptError(message, *told["where"])
+    return _KINDS.get(told["kind"], CheckpointError)(message)
 
 
 def place(array: np.ndarray[Any, Any], sharding: Any) -> jax.Array:

@@ -122,13 +122,13 @@ def _show(given: Any) -> int:
                 text = json.dumps(given_along)
                 print(f"{name}: {text[:200]}{' ...' if len(text) > 200 else ''}")
     only = _glob(given.only)
-    rows = [("item", "path", "type", "collection", "bytes", "crc32")]
+    rows = [("item", "path", "type", "collection", "bytes", "checksum")]
     for item, path, entry in found.paths():
         if only is None or found.matches(path, only):
             spec = entry.spec
             shown = f" {spec.value!r}" if spec.value is not None else ""
-            crc = "" if entry.crc is None else f"{entry.crc:08x}"
-            rows.append((item, path, f"{spec}{shown}", spec.collection or "", f"{entry.nbytes:,}", crc))
+            total = f"{entry.sum:016x}" if entry.sum is not None else "" if entry.crc is None else f"{entry.crc:08x}"
+            rows.append((item, path, f"{spec}{shown}", spec.collection or "", f"{entry.nbytes:,}", total))
     _table(rows)
     return 0
 
@@ -194,7 +194,7 @@ def _verify(given: Any) -> int:
         if damages:
             bad += 1
         elif found is not None:
-            sums = sum(entry.crc is not None for _, _, entry in found.paths())
+            sums = sum(entry.checked for _, _, entry in found.paths())
             how = f"{sums} checksums hold" if sums else "it can be read whole; there are no checksums"
             print(f"{name}: {len(found.paths())} leaves, {_size(found.nbytes)}: {how}")
         for line in damages:
@@ -212,7 +212,7 @@ def _export(given: Any) -> int:
     arrays = found.arrays(item, only=only)
     entries = {path: e for path, e in found.items[item].items() if only is None or found.matches(path, only)}
     for path, entry in entries.items():
-        if path in arrays and entry.crc is not None:
+        if path in arrays and entry.checked:
             found.check(item, path, arrays[path])
     specs = {path: entry.spec for path, entry in entries.items()} if found.manifest is not None else {}
     write_leaves(given.file, {path: np.asarray(array) for path, array in arrays.items()}, specs, {})

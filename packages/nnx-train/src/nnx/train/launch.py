@@ -108,15 +108,28 @@ def _wait(running: Sequence[subprocess.Popen[str]], timeout: float | None) -> in
     end = None if timeout is None else time.monotonic() + timeout
     while True:
         codes = [child.poll() for child in running]
-        failed = [code for code in codes if code]
+        failed = [(code, number) for number, code in enumerate(codes) if code]
         if failed:
             # Who was killed comes before those that fail for the lack of it.
-            return min(failed) if min(failed) < 0 else failed[0]
+            code, number = min(failed) if min(failed) < (0, 0) else failed[0]
+            how = f"was killed by {_signal_of(-code)}" if code < 0 else f"ended with exit code {code}"
+            rest = {0: "", 1: "; the other is ended"}.get(len(codes) - 1, "; the others are ended")
+            sys.stderr.write(f"nnx.train.launch: process {number} {how}{rest}\n")
+            return code
         if None not in codes:
             return 0
         if end is not None and time.monotonic() > end:
+            alive = ", ".join(str(number) for number, code in enumerate(codes) if code is None)
+            sys.stderr.write(f"nnx.train.launch: the timeout of {timeout:g} s is over; still running: {alive}\n")
             return 124
         time.sleep(0.05)
+
+
+def _signal_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _end(running: Sequence[subprocess.Popen[str]]) -> None:
