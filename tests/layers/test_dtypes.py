@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import nnx
+from nnx import layers
 from nnx.layers import canonicalize_dtype, promote_dtype
 
 
@@ -114,3 +115,100 @@ def test_gradients_are_finite_in_half_precision(name, normal, both):
     assert of_input.dtype == jnp.float16
     for gradient in jax.tree.leaves((of_layer, of_input)):
         assert np.isfinite(as_single(gradient)).all()
+
+
+# Every Module of `layers`: how it is made, and the shape of an input, whose dtype is low unless it says otherwise.
+EVERY = {
+    "AdaptiveAvgPool": (lambda **_: nnx.AdaptiveAvgPool(2), (2, 5, 3)),
+    "AdaptiveMaxPool": (lambda **_: nnx.AdaptiveMaxPool(2), (2, 5, 3)),
+    "AvgPool": (lambda **_: nnx.AvgPool((2,)), (2, 4, 3)),
+    "BatchNorm": (lambda **kw: nnx.BatchNorm(4, use_running_average=False, **kw), (8, 4)),
+    "Bidirectional": (lambda **kw: nnx.Bidirectional(*(nnx.RNN(nnx.GRUCell(4, 3, **kw)) for _ in "ab")), (2, 5, 4)),
+    "Conv": (lambda **kw: nnx.Conv(4, 6, (3,), **kw), (2, 5, 4)),
+    "ConvTranspose": (lambda **kw: nnx.ConvTranspose(4, 6, 3, 2, **kw), (2, 4, 4)),
+    "DropPath": (lambda **_: Dropping(nnx.DropPath(0.5)), (4, 3)),
+    "Dropout": (lambda **_: Dropping(nnx.Dropout(0.5)), (4, 3)),
+    "Einsum": (lambda **kw: nnx.Einsum("nta,hab->nthb", (2, 4, 3), (2, 3), **kw), (2, 5, 4)),
+    "Embed": (lambda **kw: nnx.Embed(5, 4, **kw), jax.ShapeDtypeStruct((2, 3), jnp.int32)),
+    "GRUCell": (lambda **kw: nnx.RNN(nnx.GRUCell(4, 3, **kw)), (2, 5, 4)),
+    "GlobalAvgPool": (lambda **_: nnx.GlobalAvgPool(), (2, 4, 3)),
+    "GlobalMaxPool": (lambda **_: nnx.GlobalMaxPool(), (2, 4, 3)),
+    "GroupNorm": (lambda **kw: nnx.GroupNorm(4, 2, **kw), (2, 5, 4)),
+    "InstanceNorm": (lambda **kw: nnx.InstanceNorm(4, **kw), (2, 5, 4)),
+    "LSTMCell": (lambda **kw: nnx.RNN(nnx.LSTMCell(4, 3, **kw)), (2, 5, 4)),
+    "LayerNorm": (lambda **kw: nnx.LayerNorm(4, **kw), (2, 4)),
+    "Linear": (lambda **kw: nnx.Linear(4, 6, **kw), (2, 4)),
+    "LinearGeneral": (lambda **kw: nnx.LinearGeneral(4, (2, 3), **kw), (2, 4)),
+    "LoRA": (lambda **kw: nnx.LoRA(4, 2, 6, **kw), (2, 4)),
+    "LoRALinear": (lambda **kw: nnx.LoRALinear(4, 6, lora_rank=2, **lora(kw)), (2, 4)),
+    "LoRALinearGeneral": (lambda **kw: nnx.LoRALinearGeneral(4, (2, 3), lora_rank=2, **lora(kw)), (2, 4)),
+    "MLP": (lambda **kw: nnx.MLP(4, (5,), 3, **kw), (2, 4)),
+    "MaxPool": (lambda **_: nnx.MaxPool((2,)), (2, 4, 3)),
+    "MinPool": (lambda **_: nnx.MinPool((2,)), (2, 4, 3)),
+    "MultiHeadAttention": (
+        lambda **kw: nnx.MultiHeadAttention(2, 8, normalize_qk=True, rotary=True, is_causal=True, **kw),
+        (2, 3, 8),
+    ),
+    "OptimizedLSTMCell": (lambda **kw: nnx.RNN(nnx.OptimizedLSTMCell(4, 3, **kw)), (2, 5, 4)),
+    "PReLU": (lambda ctx, **kw: nnx.PReLU(**kw), (2, 4)),
+    "RMSNorm": (lambda **kw: nnx.RMSNorm(4, **kw), (2, 4)),
+    "RNN": (lambda **kw: nnx.RNN(nnx.GRUCell(4, 3, **kw), reverse=True), (2, 5, 4)),
+    "RotaryEmbedding": (lambda **_: nnx.RotaryEmbedding(4), (5, 2, 4)),
+    # Computes in float32 by default, as in flax.
+    "SimpleCell": (lambda **kw: nnx.RNN(nnx.SimpleCell(4, 3, **({"dtype": None} | kw))), (2, 5, 4)),
+    "SpectralNorm": (lambda **kw: wrapped(nnx.SpectralNorm, **kw), (2, 4)),
+    "WeightNorm": (lambda **kw: wrapped(nnx.WeightNorm, **kw), (2, 4)),
+}
+
+
+class Dropping(nnx.Module):
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        return self.layer(x, deterministic=False, ctx=nnx.context(dropout=0))
+
+
+def lora(options):
+    """With the same dtypes for the map of low rank, which has arguments of its own."""
+    return options | {f"lora_{name}": options[name] for name in ("dtype", "param_dtype") if name in options}
+
+
+def wrapped(norm, **options):
+    """The norm keeps its statistics in float32, and its scales in what it is told."""
+    return norm(nnx.Linear(4, 6, **options), **options)
+
+
+def test_no_layer_is_left_out():
+    modules = {
+        name
+        for name in layers.__all__
+        if isinstance(made := getattr(layers, name), type) and issubclass(made, nnx.Module)
+    }
+    assert {*EVERY} == modules - {"RNNCellBase"}
+
+
+@pytest.mark.parametrize("low", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", EVERY)
+def test_no_layer_promotes(name, low):
+    """Abstractly: what comes out, and the gradients, are as low as inputs and parameters, or as `dtype` says."""
+    make, shape = EVERY[name]
+    x = jax.ShapeDtypeStruct(shape, low) if isinstance(shape, tuple) else shape
+
+    def forward(layer, x):
+        y = layer(x)
+        return y.astype(jnp.float32).sum(), y
+
+    def gradients(x):
+        by = 0 if x.dtype == jnp.int32 else (0, 1)
+        return nnx.value_and_grad(forward, argnums=by, has_aux=True)(make(ctx=nnx.context(0), param_dtype=low), x)
+
+    def told(x):
+        return make(ctx=nnx.context(0), dtype=low)(x)
+
+    with jax.numpy_dtype_promotion("strict"):
+        (_, y), found = jax.eval_shape(gradients, x)
+        assert y.dtype == low
+        floats = {leaf.dtype for leaf in jax.tree.leaves(found) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+        assert floats == {jnp.dtype(low)}
+        assert jax.eval_shape(told, x).dtype == low

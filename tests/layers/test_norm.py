@@ -30,19 +30,25 @@ def test_batch_norm_output(axis, fast, rng, init):
     np.testing.assert_allclose(layer(jnp.asarray(x), **TRAIN), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("momentum", [0.99, 0.9, 0.0])
-def test_batch_norm_running_statistics_over_many_steps(momentum, rng):
-    layer = nnx.BatchNorm(3, momentum=momentum, ctx=nnx.context(0))
+@pytest.mark.parametrize(
+    ("momentum", "dtype"), [(0.99, "float32"), (0.9, "float32"), (0.0, "float32"), (0.9, "float16"), (0.9, "bfloat16")]
+)
+def test_batch_norm_running_statistics_over_many_steps(momentum, dtype, rng):
+    layer = nnx.BatchNorm(3, momentum=momentum, dtype=dtype, param_dtype=dtype, ctx=nnx.context(0))
     step = nnx.jit(lambda layer, x: layer(x, use_running_average=False))
     mean, var = np.zeros(3), np.ones(3)
     for i in range(200):
         x = rng.normal([0.0, 5.0, -2.0], [1.0, 0.1, 7.0], size=(16, 3)).astype(np.float32) * (1 + 0.01 * i)
-        step(layer, jnp.asarray(x))
-        wide = x.astype(np.float64)
+        given = jnp.asarray(x, dtype)
+        assert step(layer, given).dtype == dtype
+        wide = np.asarray(given).astype(np.float64)  # of the very numbers that the layer sees, whatever their digits
         mean = momentum * mean + (1 - momentum) * wide.mean(0)
         var = momentum * var + (1 - momentum) * wide.var(0)
     np.testing.assert_allclose(layer.mean, mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(layer.var, var, rtol=2e-3)
+    assert layer.mean.dtype == layer.var.dtype == jnp.float32
+    if dtype != "float32":
+        return
     x = rng.normal(size=(4, 3)).astype(np.float32)
     np.testing.assert_allclose(
         layer(jnp.asarray(x), use_running_average=True), (x - mean) / np.sqrt(var + 1e-5), rtol=2e-3, atol=1e-4
