@@ -202,7 +202,7 @@ def test_causal_flag_equals_causal_mask(rng, both):
 
 
 def test_parameter_shapes(both):
-    layer = nnx.MultiHeadAttention(4, 12, 16, 20, 8, num_kv_heads=2, normalize_qk=True, ctx=nnx.context(0), **both)
+    layer = nnx.MultiHeadAttention(4, 12, 16, 20, 2, 8, normalize_qk=True, ctx=nnx.context(0), **both)
     shapes = {name: getattr(layer, name).kernel.shape for name in ("query", "key", "value", "out")}
     assert shapes == {"query": (12, 4, 4), "key": (8, 2, 4), "value": (8, 2, 4), "out": (4, 4, 20)}
     biases = {name: getattr(layer, name).bias.shape for name in shapes}

@@ -80,9 +80,9 @@ def test_sinusoids():
 def test_attention_depends_on_distances_alone(rng):
     layer = nnx.MultiHeadAttention(2, 8, rotary=True, is_causal=True, ctx=nnx.context(0))
     x = jnp.asarray(rng.normal(size=(2, 6, 8)), jnp.float32)
-    moved = layer(x, positions=jnp.arange(6) + 1000)
+    moved = layer(x, input_positions=jnp.arange(6) + 1000)
     np.testing.assert_allclose(moved, layer(x), rtol=1e-3, atol=1e-4)
-    assert not np.allclose(layer(x, positions=2 * jnp.arange(6)), layer(x), atol=1e-3)
+    assert not np.allclose(layer(x, input_positions=2 * jnp.arange(6)), layer(x), atol=1e-3)
     gradient = jax.grad(lambda x: (layer(x) ** 2).sum())(x)
     assert np.isfinite(gradient).all()
 

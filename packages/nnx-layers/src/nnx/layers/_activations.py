@@ -34,8 +34,8 @@ from jax.nn import (
 )
 from jax.typing import DTypeLike
 
-from nnx.core import Module, Param, ShapeError
-from nnx.layers._common import as_value
+from nnx.core import Param, ShapeError
+from nnx.layers._common import NO_METADATA, Layer, Metadata, PromoteDtype, as_value
 from nnx.layers._dtypes import promote_dtype
 
 __all__ = [
@@ -73,7 +73,7 @@ __all__ = [
 normalize = standardize
 
 
-class PReLU(Module):
+class PReLU(Layer):
     """A leaky ReLU whose slope for negative inputs is learned.
 
     `y = x` where `x >= 0`, else `y = negative_slope * x`.
@@ -98,6 +98,8 @@ class PReLU(Module):
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        promote_dtype: PromoteDtype = promote_dtype,
+        negative_slope_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -105,10 +107,14 @@ class PReLU(Module):
             negative_slope_init: the slope to start from.
             dtype: dtype to compute in; `None` takes that of the inputs.
             param_dtype: dtype of the slope.
+            promote_dtype: casts the tuple of inputs and slope, with the arguments of `nnx.promote_dtype`.
+            negative_slope_metadata: metadata of the slope.
         """
         self.dtype = dtype
         self.param_dtype = param_dtype
-        self.negative_slope = as_value(Param(jnp.asarray(negative_slope_init, param_dtype)))
+        self._choose(promote_dtype=promote_dtype)
+        slope = Param(jnp.asarray(negative_slope_init, param_dtype), **negative_slope_metadata)
+        self.negative_slope = as_value(slope)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the activation.
@@ -125,7 +131,7 @@ class PReLU(Module):
         if not jnp.issubdtype(inputs.dtype, jnp.floating):
             raise ShapeError(f"PReLU: expected floating point `inputs`, got dtype {inputs.dtype.name}")
         # Not the common type: a slope is a number that should not widen half precision.
-        x, slope = promote_dtype(
+        x, slope = self.promote_dtype(
             (inputs, self.negative_slope), dtype=inputs.dtype if self.dtype is None else self.dtype
         )
         return jnp.where(x >= 0, x, slope * x)

@@ -11,9 +11,12 @@ from jax.typing import DTypeLike
 
 from nnx.core import Context, Module, ShapeError
 from nnx.layers._common import (
+    NO_METADATA,
     DefaultNames,
+    Metadata,
     Names,
     PrecisionLike,
+    PromoteDtype,
     check_features,
     default_bias_init,
     default_kernel_init,
@@ -22,6 +25,7 @@ from nnx.layers._common import (
 )
 from nnx.layers._dot_product import Implementation, check_window, dot_product_attention, positions_mask
 from nnx.layers._dropout import check_rate
+from nnx.layers._dtypes import promote_dtype
 from nnx.layers._kv_cache import append, new_cache
 from nnx.layers._linear import LinearGeneral
 from nnx.layers._norm import LayerNorm
@@ -77,9 +81,9 @@ class MultiHeadAttention(Module):
         in_features: int,
         qkv_features: int | None = None,
         out_features: int | None = None,
+        num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,
-        num_kv_heads: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         broadcast_dropout: bool = True,
@@ -93,6 +97,9 @@ class MultiHeadAttention(Module):
         use_bias: bool = True,
         attention_fn: Callable[..., jax.Array] = dot_product_attention,
         normalize_qk: bool = False,
+        qkv_promote_dtype: PromoteDtype = promote_dtype,
+        out_promote_dtype: PromoteDtype = promote_dtype,
+        ln_promote_dtype: PromoteDtype = promote_dtype,
         rotary: RotaryEmbedding | bool | None = None,
         is_causal: bool = False,
         local_window_size: int | tuple[int, int] | None = None,
@@ -100,6 +107,12 @@ class MultiHeadAttention(Module):
         implementation: Implementation | None = None,
         rng_collection: str = "dropout",
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        out_kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
+        out_bias_metadata: Metadata = NO_METADATA,
+        query_ln_scale_metadata: Metadata = NO_METADATA,
+        key_ln_scale_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -108,8 +121,8 @@ class MultiHeadAttention(Module):
             in_features: size of the last axis of the queries' inputs.
             qkv_features: size of all query heads together; `None` is `in_features`.
             out_features: size of the last axis of the outputs; `None` is `in_features`.
-            in_kv_features: size of the last axis of the keys' and values' inputs; `None` is `in_features`.
             num_kv_heads: number of key and value heads, a divisor of `num_heads`; `None` is `num_heads`.
+            in_kv_features: size of the last axis of the keys' and values' inputs; `None` is `in_features`.
             dtype: dtype to compute in; `None` takes the common type of inputs and parameters.
             param_dtype: dtype of the parameters.
             broadcast_dropout: whether one dropout mask serves the whole batch and all heads.
@@ -123,6 +136,9 @@ class MultiHeadAttention(Module):
             use_bias: whether the projections have a bias.
             attention_fn: a function with the arguments of `dot_product_attention`.
             normalize_qk: whether to apply a LayerNorm without bias to each head's queries and keys.
+            qkv_promote_dtype: the option `promote_dtype` of `query`, `key` and `value`.
+            out_promote_dtype: the same of `out`.
+            ln_promote_dtype: the same of `query_ln` and `key_ln`.
             rotary: turns queries and keys by their positions: a RotaryEmbedding, or True for one of `head_dim`.
             is_causal: whether position `i` sees only positions up to `i`.
             local_window_size: how many positions before and after its own each position sees, an int for both.
@@ -130,6 +146,12 @@ class MultiHeadAttention(Module):
             implementation: "xla", "cudnn", or `None` for JAX's choice.
             rng_collection: the Context's random stream that dropout draws from.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernels, which win over those of their initializers and of the layer.
+            out_kernel_metadata: the same for the output's kernel; if empty, `kernel_metadata`.
+            bias_metadata: the same for the biases.
+            out_bias_metadata: the same for the output's bias; if empty, `bias_metadata`.
+            query_ln_scale_metadata: the same for the scale of `query_ln`.
+            key_ln_scale_metadata: the same for the scale of `key_ln`.
 
         Raises:
             ValueError: the heads do not divide `qkv_features`, or `num_kv_heads` does not divide `num_heads`.
@@ -165,20 +187,34 @@ class MultiHeadAttention(Module):
 
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "ctx": ctx}
         linear: dict[str, Any] = {"use_bias": use_bias, "precision": precision, **options}
-        inner: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": bias_init, **linear}
+        inner: dict[str, Any] = {
+            "kernel_init": kernel_init,
+            "bias_init": bias_init,
+            "promote_dtype": qkv_promote_dtype,
+            "kernel_metadata": kernel_metadata,
+            "bias_metadata": bias_metadata,
+            **linear,
+        }
         inner_kv = {**inner, **_names(inner, ("embed", "kv_heads", "head_dim"), ("kv_heads", "head_dim"))}
         inner |= _names(inner, ("embed", "heads", "head_dim"), ("heads", "head_dim"))
         self.query: LinearGeneral = LinearGeneral(in_features, (num_heads, self.head_dim), **inner)
         self.key: LinearGeneral = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner_kv)
         self.value: LinearGeneral = LinearGeneral(self.in_kv_features, (self.num_kv_heads, self.head_dim), **inner_kv)
-        self.query_ln: LayerNorm | None = LayerNorm(self.head_dim, use_bias=False, **options) if normalize_qk else None
-        self.key_ln: LayerNorm | None = LayerNorm(self.head_dim, use_bias=False, **options) if normalize_qk else None
+        self.query_ln: LayerNorm | None = None
+        self.key_ln: LayerNorm | None = None
+        if normalize_qk:
+            options |= {"use_bias": False, "promote_dtype": ln_promote_dtype}
+            self.query_ln = LayerNorm(self.head_dim, scale_metadata=query_ln_scale_metadata, **options)
+            self.key_ln = LayerNorm(self.head_dim, scale_metadata=key_ln_scale_metadata, **options)
         self.out: LinearGeneral = LinearGeneral(
             (num_heads, self.head_dim),
             self.out_features,
             axis=(-2, -1),
             kernel_init=DefaultNames(out_kernel_init or kernel_init, ("heads", "head_dim", "embed")),
             bias_init=DefaultNames(out_bias_init or bias_init, ("embed",)),
+            promote_dtype=out_promote_dtype,
+            kernel_metadata=out_kernel_metadata or kernel_metadata,
+            bias_metadata=out_bias_metadata or bias_metadata,
             **linear,
         )
 
@@ -189,12 +225,14 @@ class MultiHeadAttention(Module):
         inputs_v: jax.Array | None = None,
         *,
         mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
         deterministic: bool | None = None,
-        is_causal: bool | None = None,
-        decode: bool | None = None,
-        lengths: jax.Array | None = None,
         sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool | None = None,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
+        input_positions: jax.Array | None = None,
+        lengths: jax.Array | None = None,
         ctx: Context | None = None,
     ) -> jax.Array:
         """Attends from `inputs_q` to `inputs_k` and `inputs_v`.
@@ -205,15 +243,19 @@ class MultiHeadAttention(Module):
             inputs_v: [*batch, key_length, in_kv_features]; `None` is `inputs_k`.
             mask: zero or False where a query must not see a key, broadcastable to
                 [*batch, num_heads, query_length, key_length]; with a cache, `key_length` is its `max_length`.
-            positions: the positions of the queries and keys of self-attention for `rotary`, integers that broadcast to
-                [*batch, query_length]; `None` counts from 0, or with a cache from what each row holds.
             deterministic: whether to skip dropout; overrides the constructor and the Context.
-            is_causal: whether position `i` sees only positions up to `i`; overrides the constructor.
+            sow_weights: whether to keep the weights before dropout as the Intermediate `attention_weights`.
             decode: whether to append to the cache and attend to all that it holds, causally; overrides the constructor.
                 Takes inputs of [batch, query_length, in_features].
+            is_causal: whether position `i` sees only positions up to `i`; overrides the constructor.
+            out_sharding: on a mesh of explicit axes, how the outputs are split, such as a PartitionSpec; `None` splits
+                them as inputs and kernel are.
+            qkv_sharding: the same for queries, keys and values, [*batch, length, heads, head_dim].
+            input_positions: the positions of the queries and keys of self-attention, integers that broadcast to
+                [*batch, query_length], for `rotary`, or without it for an `attention_fn` that takes them; `None` counts
+                from 0, or with a cache from what each row holds.
             lengths: with `decode`, how many of the tokens of each row count, [batch]; the others are padding at the
                 end. `None` if all do.
-            sow_weights: whether to keep the weights before dropout as the Intermediate `attention_weights`.
             ctx: carries the random stream, and possibly the flag. Not needed without dropout.
 
         Returns:
@@ -224,7 +266,8 @@ class MultiHeadAttention(Module):
             ShapeError: the inputs have other sizes than the layer was made for, or do not fit each other.
             CacheFullError: outside of a trace, a row of the cache has no room. Under `nnx.checkify` it is an error too;
                 else, under JAX's own `checkify` as well, the outputs of such a row are NaN.
-            ValueError: `inputs_v` without `inputs_k`, or a cache for cross-attention, or `decode` without a cache.
+            ValueError: `inputs_v` without `inputs_k`, or a cache for cross-attention, or `decode` without a cache, or
+                `input_positions` that nothing takes.
         """
         kind = type(self).__name__
         cross = inputs_k is not None
@@ -242,16 +285,24 @@ class MultiHeadAttention(Module):
         decoding = bool(self.decode if decode is None else decode)
         self._check_decoding(kind, decoding, cross, inputs_q, lengths)
 
-        query, key, value = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
+        query = self.query(inputs_q, qkv_sharding)
+        key, value = self.key(inputs_k, qkv_sharding), self.value(inputs_v, qkv_sharding)
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
         if self.rotary is not None:
-            own = self._positions(query, decoding) if positions is None else jnp.asarray(positions)
+            own = self._positions(query, decoding) if input_positions is None else jnp.asarray(input_positions)
             query = self.rotary(query, own)
             key = self.rotary(key, self._positions(key, decoding=False) if cross else own)
 
         # Only what is asked for, so that an `attention_fn` need not know every option.
         extra: dict[str, Any] = {}
+        if input_positions is not None and self.rotary is None:
+            if self.attention_fn is dot_product_attention:
+                raise ValueError(
+                    f"{kind}: `input_positions` are for rotary positions, which this layer has not; make it with"
+                    " rotary=True, or with an `attention_fn` that takes them"
+                )
+            extra["input_positions"] = input_positions
         causal = bool(self.is_causal if is_causal is None else is_causal)
         has_room = None
         if decoding:
@@ -284,7 +335,7 @@ class MultiHeadAttention(Module):
             module=self if sow_weights else None,
             **extra,
         )
-        out = self.out(heads)
+        out = self.out(heads, out_sharding)
         if has_room is not None:
             out = jnp.where(has_room[:, None, None], out, jnp.nan)
         return out

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 
 from nnx.core import Context, ContextError, Module, Param, ShapeError, Variable, VariableMetadata
 from nnx.layers import initializers
+from nnx.layers._dtypes import promote_dtype, widest
 from nnx.layers._explicit import fit_weights, is_explicit, product
 from nnx.layers.initializers import Initializer
 
@@ -24,7 +26,11 @@ __all__: list[str] = []
 PrecisionLike = Any
 Axes = int | Sequence[int]
 Names = tuple[str | None, ...]
+Metadata = Mapping[str, Any]
+# `promote_dtype` and what stands in its place: a tuple of arrays and None, and `dtype`, to a tuple of the same arrays.
+PromoteDtype = Callable[..., Any]
 
+NO_METADATA: Metadata = MappingProxyType({})
 default_kernel_init = initializers.lecun_normal()
 default_bias_init = initializers.zeros
 
@@ -34,6 +40,21 @@ def as_value(variable: Any) -> Any:
     return variable
 
 
+class Layer(Module):
+    """A layer whose rare options are attributes of its class, until the constructor is given others.
+
+    So the structure of a model, and its repr, hold only the options that somebody chose.
+    """
+
+    promote_dtype: PromoteDtype = staticmethod(promote_dtype)
+
+    def _choose(self, **options: Any) -> None:
+        """Keeps those options that are not what the class has."""
+        for name, value in options.items():
+            if value is not getattr(type(self), name):
+                setattr(self, name, value)
+
+
 def make_param(
     ctx: Context,
     init: Initializer,
@@ -41,11 +62,12 @@ def make_param(
     dtype: DTypeLike,
     kind: type[Variable[Any]] = Param,
     names: Names | None = None,
+    metadata: Metadata = NO_METADATA,
 ) -> Any:
     """A new Param, or Variable of another kind, from the Context's stream "params".
 
     What the initializer returns goes to it as it is: it may be a box that carries metadata. `names` are the logical
-    axes, unless the box says otherwise.
+    axes, unless the box says otherwise; `metadata` has the last word on everything.
     """
     if not isinstance(ctx, Context):
         raise ContextError(
@@ -57,7 +79,7 @@ def make_param(
         key = ctx.make_rng("params")
     else:
         ctx.skip_rng("params")
-    return as_value(kind(_named(init(key, tuple(shape), dtype), names)))
+    return as_value(kind(_named(init(key, tuple(shape), dtype), names), **metadata))
 
 
 def _named(value: Any, names: Names | None) -> Any:
@@ -89,12 +111,13 @@ def make_arranged_param(
     dtype: DTypeLike,
     arrange: Callable[[jax.Array], jax.Array],
     names: Names | None = None,
+    metadata: Metadata = NO_METADATA,
 ) -> Any:
     """A new Param whose initializer makes `shape`, inputs before outputs as fans look for them, laid out by `arrange`.
 
     Metadata is about the parameter and not about what the initializer made: it stays as it is.
     """
-    param = make_param(ctx, init, shape, dtype, names=names)
+    param = make_param(ctx, init, shape, dtype, names=names, metadata=metadata)
     if jnp.shape(param.value) != tuple(shape):
         raise ShapeError(
             f"{kind}: expected the initializer to make an array of the shape {tuple(shape)} that it was called with,"
@@ -177,19 +200,54 @@ def normalize_axes(axes: Axes, ndim: int, what: str) -> tuple[int, ...]:
     return found
 
 
+def project(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    axes: tuple[int, ...] | None = None,
+    batch: int = 0,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
+    dot_general: Callable[..., Any] = lax.dot_general,
+) -> jax.Array:
+    """Contract `axes` of `x` (the last by default) with the first axes of `kernel`, behind `batch` axes of both."""
+    given = {"precision": precision, "preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
+    axes = (x.ndim - 1,) if axes is None else axes
+    if dot_general is lax.dot_general:
+        return _project(x, kernel, axes, batch, **given)
+    # Traced each time, and not kept: it may hold state, such as scales that it learns.
+    return _contract(x, kernel, axes, batch, dot_general, **given)
+
+
+def _contract(
+    x: jax.Array,
+    kernel: jax.Array,
+    axes: tuple[int, ...],
+    batch: int = 0,
+    dot_general: Callable[..., Any] = lax.dot_general,
+    *,
+    precision: Any,
+    preferred_element_type: DTypeLike | None,
+    out_sharding: Any,
+) -> jax.Array:
+    if is_explicit(x) or is_explicit(kernel):
+        kernel, known = product(x, kernel, axes, batch)
+        out_sharding = known if out_sharding is None else out_sharding
+    shared = tuple(range(batch))
+    dimensions = ((axes, tuple(range(batch, batch + len(axes)))), (shared, shared))
+    # Only what is asked for, so that a function of the user's need not know every option.
+    options = {"preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
+    asked = {name: value for name, value in options.items() if value is not None}
+    out: jax.Array = dot_general(x, kernel, dimensions, precision=precision, **asked)
+    return out
+
+
 # Compiled functions of their own, inlined where they are used: JAX keeps their jaxprs and derivatives, so a deep model
 # is traced and differentiated in two thirds of the time that bare primitives take.
-@functools.partial(jax.jit, static_argnames=("axes", "precision"), inline=True)
-def project(
-    x: jax.Array, kernel: jax.Array, *, axes: tuple[int, ...] | None = None, precision: Any = None
-) -> jax.Array:
-    """Contract `axes` of `x` (the last by default) with the first axes of `kernel`."""
-    axes = (x.ndim - 1,) if axes is None else axes
-    out_sharding = None
-    if is_explicit(x) or is_explicit(kernel):
-        kernel, out_sharding = product(x, kernel, axes)
-    dimensions = ((axes, tuple(range(len(axes)))), ((), ()))
-    return lax.dot_general(x, kernel, dimensions, precision=precision, out_sharding=out_sharding)
+_project = functools.partial(
+    jax.jit, static_argnames=("axes", "batch", "precision", "preferred_element_type", "out_sharding"), inline=True
+)(_contract)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -198,7 +256,15 @@ def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     if bias is None:
         return y
     bias = fit_weights(bias, y)
-    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    return add(y, bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape))
+
+
+def add(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """`y + bias` in their common type, which differs from that of `bias` only by `preferred_element_type`."""
+    if y.dtype != bias.dtype:
+        common = widest(y, bias)
+        y, bias = y.astype(common), bias.astype(common)
+    return y + bias
 
 
 def flatten_batch(x: jax.Array, inner: int) -> tuple[jax.Array, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from nnx.core import Context, Module, ShapeError
+from nnx.core import Context, ShapeError
 from nnx.layers._common import (
+    NO_METADATA,
+    Layer,
+    Metadata,
     PrecisionLike,
+    PromoteDtype,
     add_bias,
     as_tuple,
     default_bias_init,
@@ -64,7 +68,7 @@ def check_sizes(kind: str, **sizes: int | Sequence[int]) -> None:
             raise ValueError(f"{kind}: {name} must be positive, got {size}")
 
 
-class ConvBase(Module):
+class ConvBase(Layer):
     """What Conv and ConvTranspose share: a kernel that may be masked, a bias, and inputs with space before features."""
 
     kernel: jax.Array
@@ -73,6 +77,7 @@ class ConvBase(Module):
     in_features: int
     kernel_size: tuple[int, ...]
     padding: Padding
+    preferred_element_type: DTypeLike | None = None
 
     def _as_mask(self, mask: ArrayLike | None) -> jax.Array | None:
         """`mask` as an array of the kernel's shape."""
@@ -127,6 +132,8 @@ class Conv(ConvBase):
         (1, 20, 8)
     """
 
+    conv_general_dilated: Callable[..., Any] = staticmethod(lax.conv_general_dilated)
+
     def __init__(
         self,
         in_features: int,
@@ -145,7 +152,12 @@ class Conv(ConvBase):
         precision: PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
+        conv_general_dilated: Callable[..., Any] = lax.conv_general_dilated,
+        promote_dtype: PromoteDtype = promote_dtype,
+        preferred_element_type: DTypeLike | None = None,
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -169,7 +181,14 @@ class Conv(ConvBase):
             precision: precision of the products, see `jax.lax.Precision`.
             kernel_init: initializer of the kernel.
             bias_init: initializer of the bias.
+            conv_general_dilated: computes the convolution, with the arguments of `jax.lax.conv_general_dilated`; may be
+                a Module.
+            promote_dtype: casts the tuple of inputs, kernel and bias, with the arguments of `nnx.promote_dtype`.
+            preferred_element_type: dtype of the convolution, no narrower than that of its operands; the bias is added
+                in their common type.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernel, which win over those of its initializer and of the layer.
+            bias_metadata: the same for the bias.
 
         Raises:
             ValueError: a size is not positive, an option does not fit the number of spatial axes, or the groups do not
@@ -196,6 +215,11 @@ class Conv(ConvBase):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
+        self._choose(
+            conv_general_dilated=conv_general_dilated,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+        )
         if self.padding == "CAUSAL" and rank != 1:
             raise ValueError(f"{kind}: CAUSAL padding needs one spatial axis, got kernel_size {self.kernel_size}")
         if in_features % feature_group_count or out_features % feature_group_count:
@@ -205,17 +229,20 @@ class Conv(ConvBase):
             )
         shape = (*self.kernel_size, in_features // feature_group_count, out_features)
         names = (*[None] * len(self.kernel_size), "conv_in", "conv_out")
-        self.kernel: jax.Array = make_param(ctx, kernel_init, shape, param_dtype, names=names)
-        self.bias: jax.Array | None = (
-            make_param(ctx, bias_init, (out_features,), param_dtype, names=names[-1:]) if use_bias else None
-        )
+        self.kernel: jax.Array = make_param(ctx, kernel_init, shape, param_dtype, names=names, metadata=kernel_metadata)
+        self.bias: jax.Array | None = None
+        if use_bias:
+            bias = (out_features,)
+            self.bias = make_param(ctx, bias_init, bias, param_dtype, names=names[-1:], metadata=bias_metadata)
         self.mask: jax.Array | None = self._as_mask(mask)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the convolution.
 
         Args:
             inputs: [*batch, *space, in_features], with any number of batch axes, also none.
+            out_sharding: on a mesh of explicit axes, how the outputs are split, such as a PartitionSpec; `None` splits
+                them as inputs and kernel are.
 
         Returns:
             [*batch, *space, out_features].
@@ -226,24 +253,32 @@ class Conv(ConvBase):
         """
         self._check_inputs(inputs)
         rank = len(self.kernel_size)
-        x, kernel, bias = promote_dtype((inputs, self._masked_kernel(), self.bias), dtype=self.dtype)
+        x, kernel, bias = self.promote_dtype((inputs, self._masked_kernel(), self.bias), dtype=self.dtype)
         x, batch = flatten_batch(x, rank + 1)
         x, padding = self._pad(x)
         space = tuple(range(1, rank + 1))
         layout = (0, rank + 1, *space)
+        # Where batch axes were merged, the outputs are split once these are there again.
+        at_once = out_sharding if len(batch) == 1 else None
         y = convolve(
             x,
             kernel,
             lax.ConvDimensionNumbers(layout, (rank + 1, rank, *range(rank)), layout),
             self.feature_group_count,
+            self.conv_general_dilated,
+            at_once,
             window_strides=self.strides,
             padding=padding,
             lhs_dilation=self.input_dilation,
             rhs_dilation=self.kernel_dilation,
             precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
         )
         y = add_bias(y, bias)
-        return y if len(batch) == 1 else y.reshape(batch + y.shape[1:])
+        if len(batch) == 1:
+            return y
+        y = y.reshape(batch + y.shape[1:])
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def _pad(self, x: jax.Array) -> tuple[jax.Array, Any]:
         """Pads `x` itself where `lax` has no name for the padding, and says what is left for `lax` to do."""

@@ -11,8 +11,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from nnx.core import Context
 from nnx.layers._common import (
+    NO_METADATA,
+    Metadata,
     Names,
     PrecisionLike,
+    PromoteDtype,
     add_bias,
     as_tuple,
     default_bias_init,
@@ -85,7 +88,11 @@ class ConvTranspose(ConvBase):
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
         transpose_kernel: bool = False,
+        promote_dtype: PromoteDtype = promote_dtype,
+        preferred_element_type: DTypeLike | None = None,
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -109,7 +116,12 @@ class ConvTranspose(ConvBase):
             bias_init: initializer of the bias.
             transpose_kernel: whether the kernel is that of the convolution which this layer transposes: flipped along
                 space, and with inputs and outputs swapped.
+            promote_dtype: casts the tuple of inputs, kernel and bias, with the arguments of `nnx.promote_dtype`.
+            preferred_element_type: dtype of the convolution, no narrower than that of its operands; the bias is added
+                in their common type.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernel, which win over those of its initializer and of the layer.
+            bias_metadata: the same for the bias.
 
         Raises:
             ValueError: a size is not positive, or an option does not fit the number of spatial axes.
@@ -128,19 +140,25 @@ class ConvTranspose(ConvBase):
         self.param_dtype = param_dtype
         self.precision = precision
         self.transpose_kernel = transpose_kernel
+        self._choose(promote_dtype=promote_dtype, preferred_element_type=preferred_element_type)
         if self.padding == "CAUSAL" and rank != 1:
             raise ValueError(f"{kind}: CAUSAL padding needs one spatial axis, got kernel_size {self.kernel_size}")
         shape = (*self.kernel_size, in_features, out_features)
         spatial = (None,) * rank
         if transpose_kernel:
             names: Names = (*spatial, "conv_out", "conv_in")
-            self.kernel = make_arranged_param(kind, ctx, kernel_init, shape, param_dtype, _swap_channels, names)
+            self.kernel = make_arranged_param(
+                kind, ctx, kernel_init, shape, param_dtype, _swap_channels, names, kernel_metadata
+            )
         else:
             names = (*spatial, "conv_in", "conv_out")
-            self.kernel: jax.Array = make_param(ctx, kernel_init, shape, param_dtype, names=names)
-        self.bias: jax.Array | None = (
-            make_param(ctx, bias_init, (out_features,), param_dtype, names=("conv_out",)) if use_bias else None
-        )
+            self.kernel: jax.Array = make_param(
+                ctx, kernel_init, shape, param_dtype, names=names, metadata=kernel_metadata
+            )
+        self.bias: jax.Array | None = None
+        if use_bias:
+            bias = (out_features,)
+            self.bias = make_param(ctx, bias_init, bias, param_dtype, names=("conv_out",), metadata=bias_metadata)
         self.mask: jax.Array | None = self._as_mask(mask)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -158,7 +176,7 @@ class ConvTranspose(ConvBase):
         """
         self._check_inputs(inputs)
         rank = len(self.kernel_size)
-        x, kernel, bias = promote_dtype((inputs, self._masked_kernel(), self.bias), dtype=self.dtype)
+        x, kernel, bias = self.promote_dtype((inputs, self._masked_kernel(), self.bias), dtype=self.dtype)
         x, batch = flatten_batch(x, rank + 1)
         space = tuple(range(1, rank + 1))
         layout = (0, rank + 1, *space)
@@ -174,6 +192,7 @@ class ConvTranspose(ConvBase):
             lhs_dilation=self.strides,
             rhs_dilation=self.kernel_dilation,
             precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
         )
         if self.padding == "CIRCULAR":
             y = self._fold(y, x.shape[1:-1])

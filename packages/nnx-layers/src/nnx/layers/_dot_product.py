@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from nnx.core import Intermediate, Module, ShapeError
-from nnx.layers._common import PrecisionLike
+from nnx.layers._common import PrecisionLike, PromoteDtype
 from nnx.layers._dropout import dropout
 from nnx.layers._dtypes import promote_dtype, statistics_dtype
 
@@ -32,8 +32,9 @@ def dot_product_attention(
     dtype: DTypeLike | None = None,
     precision: PrecisionLike = None,
     module: Module | None = None,
-    *,
+    promote_dtype: PromoteDtype = promote_dtype,
     is_causal: bool = False,
+    *,
     local_window_size: int | tuple[int, int] | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
@@ -60,6 +61,7 @@ def dot_product_attention(
         dtype: dtype to compute in; `None` takes the common type of query, key and value.
         precision: precision of the products, see `jax.lax.Precision`.
         module: a Module to sow the weights before dropout into, as the Intermediate `attention_weights`.
+        promote_dtype: casts the tuple of query, key and value, with the arguments of `nnx.promote_dtype`.
         is_causal: whether query `i` sees only the keys up to `i`, besides what `mask` says.
         local_window_size: how many keys before and after its own position a query sees, an int for both; None for all.
         scale: multiplies the logits; `None` is `1 / sqrt(head_dim)`.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-__all__ = ["canonicalize_dtype", "promote_dtype", "statistics_dtype"]
+__all__ = ["canonicalize_dtype", "promote_dtype", "statistics_dtype", "widest"]
 
 
 def canonicalize_dtype(*args: Any, dtype: DTypeLike | None = None, inexact: bool = True) -> jnp.dtype:
@@ -81,3 +82,9 @@ def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
     found = jnp.dtype(dtype)
     wide = jnp.issubdtype(found, jnp.inexact) and jnp.finfo(found).bits >= 32
     return found if wide else jnp.dtype(jnp.float32)
+
+
+def widest(*arrays: Any) -> jnp.dtype:
+    """The common type of arrays whose types differ on purpose, wanted even where promotion must be explicit."""
+    with jax.numpy_dtype_promotion("standard"):
+        return canonicalize_dtype(*arrays)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from nnx.core import Context, Module, ShapeError
+from nnx.core import Context, ShapeError
 from nnx.layers._common import (
+    NO_METADATA,
+    Layer,
+    Metadata,
     PrecisionLike,
+    PromoteDtype,
+    add,
     as_tuple,
     default_bias_init,
     default_kernel_init,
@@ -92,7 +98,7 @@ def _spell_out(labels: Labels, count: int) -> Labels:
     return tuple(axis for label in labels for axis in (axes if label == ELLIPSIS else (label,)))
 
 
-class Einsum(Module):
+class Einsum(Layer):
     """A linear map of the inputs that an einsum equation describes, plus a bias.
 
     `y = einsum(einsum_str, inputs, kernel) + bias`, where the bias lies along those axes of `y` that `kernel` has.
@@ -118,6 +124,8 @@ class Einsum(Module):
 
     kernel: jax.Array
     bias: jax.Array | None
+    einsum_op: Callable[..., Any] = staticmethod(jnp.einsum)
+    preferred_element_type: DTypeLike | None = None
 
     def __init__(
         self,
@@ -130,7 +138,12 @@ class Einsum(Module):
         precision: PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
+        promote_dtype: PromoteDtype = promote_dtype,
+        einsum_op: Callable[..., Any] = jnp.einsum,
+        preferred_element_type: DTypeLike | None = None,
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -145,7 +158,12 @@ class Einsum(Module):
             precision: precision of the product, see `jax.lax.Precision`.
             kernel_init: initializer of the kernel.
             bias_init: initializer of the bias.
+            promote_dtype: casts the tuple of inputs, kernel and bias, with the arguments of `nnx.promote_dtype`.
+            einsum_op: computes the product, with the arguments of `jax.numpy.einsum`; may be a Module.
+            preferred_element_type: dtype of the product, to which the bias is added in their common type.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernel, which win over those of its initializer and of the layer.
+            bias_metadata: the same for the bias.
 
         Raises:
             ValueError: the equation is not one of two operands with its outputs spelled out.
@@ -157,9 +175,15 @@ class Einsum(Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
+        self._choose(promote_dtype=promote_dtype, einsum_op=einsum_op, preferred_element_type=preferred_element_type)
         if self.einsum_str is None:
             self.kernel = make_param(
-                ctx, kernel_init, self.kernel_shape, param_dtype, names=(None,) * len(self.kernel_shape)
+                ctx,
+                kernel_init,
+                self.kernel_shape,
+                param_dtype,
+                names=(None,) * len(self.kernel_shape),
+                metadata=kernel_metadata,
             )
         else:
             kernel, shared = self._check_parameters(parse(type(self).__name__, self.einsum_str))
@@ -176,19 +200,22 @@ class Einsum(Module):
                 param_dtype,
                 lambda value: jnp.transpose(jnp.reshape(value, sizes), inverse),
                 names=tuple("in" if [i] == summed[:1] else "out" if i == first else None for i in range(len(kernel))),
+                metadata=kernel_metadata,
             )
         self.bias = None
         if self.bias_shape is not None:
             # Its axes are in the order of the outputs: none is sure to be the one that the kernel's name is of.
             names = (None,) * len(self.bias_shape)
-            self.bias = make_param(ctx, bias_init, self.bias_shape, param_dtype, names=names)
+            self.bias = make_param(ctx, bias_init, self.bias_shape, param_dtype, names=names, metadata=bias_metadata)
 
-    def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
         """Applies the map.
 
         Args:
             inputs: an array with the axes of the equation's first operand.
             einsum_str: an equation for this call, in place of the constructor's.
+            out_sharding: on a mesh of explicit axes, how the outputs are split, such as a PartitionSpec; `None` splits
+                them as inputs and kernel are.
 
         Returns:
             An array with the axes of the equation's outputs.
@@ -207,15 +234,17 @@ class Einsum(Module):
         equation = parse(kind, text)
         labels, _ = self._check_parameters(equation)
         of_inputs, outputs = self._check_inputs(equation, inputs, labels)
-        x, kernel, bias = promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
-        out_sharding = None
+        x, kernel, bias = self.promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
         if is_explicit(x) or is_explicit(kernel):
-            kernel, out_sharding = contraction(x, kernel, (of_inputs, labels, outputs))
-        y = jnp.einsum(equation.text, x, kernel, precision=self.precision, out_sharding=out_sharding)
+            kernel, known = contraction(x, kernel, (of_inputs, labels, outputs))
+            out_sharding = known if out_sharding is None else out_sharding
+        options = {"preferred_element_type": self.preferred_element_type, "out_sharding": out_sharding}
+        asked = {name: value for name, value in options.items() if value is not None}
+        y: jax.Array = self.einsum_op(equation.text, x, kernel, precision=self.precision, **asked)
         if bias is None:
             return y
         sizes = dict(zip(labels, self.kernel_shape, strict=True))
-        return y + fit_weights(bias.reshape(tuple(sizes.get(label, 1) for label in outputs)), y)
+        return add(y, fit_weights(bias.reshape(tuple(sizes.get(label, 1) for label in outputs)), y))
 
     def _check_parameters(self, equation: Equation) -> tuple[Labels, Labels]:
         """Labels of the kernel's axes, and those of them that are outputs; an error unless the shapes fit them."""

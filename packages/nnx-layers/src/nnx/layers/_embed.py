@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from nnx.core import Context, Module, ShapeError
+from nnx.core import Context, ShapeError
 from nnx.layers import initializers
-from nnx.layers._common import check_features, make_param, project
+from nnx.layers._common import NO_METADATA, Layer, Metadata, PromoteDtype, check_features, make_param, project
 from nnx.layers._dtypes import promote_dtype
 from nnx.layers._explicit import is_explicit, rows
 from nnx.layers.initializers import Initializer
@@ -19,7 +21,7 @@ __all__ = ["Embed"]
 default_embedding_init = initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
 
 
-class Embed(Module):
+class Embed(Layer):
     """A table of `num_embeddings` vectors: `y[..., :] = embedding[x[...], :]`.
 
     An index past either end gives NaN rather than a neighbour's vector; negative indices count from the end.
@@ -50,7 +52,9 @@ class Embed(Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         embedding_init: Initializer = default_embedding_init,
+        promote_dtype: PromoteDtype = promote_dtype,
         ctx: Context,
+        embedding_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -60,21 +64,32 @@ class Embed(Module):
             dtype: dtype of the vectors handed out; `None` takes that of the table.
             param_dtype: dtype of the table.
             embedding_init: initializer of the table; by default each vector has an expected square norm of 1.
+            promote_dtype: casts the tuple of the table, or of query and table, with the arguments of
+                `nnx.promote_dtype`.
             ctx: gives the key, from its stream "params".
+            embedding_metadata: metadata of the table, which win over those of its initializer and of the layer.
         """
         self.num_embeddings = num_embeddings
         self.features = features
         self.dtype = dtype
         self.param_dtype = param_dtype
+        self._choose(promote_dtype=promote_dtype)
         self.embedding = make_param(
-            ctx, embedding_init, (num_embeddings, features), param_dtype, names=("vocab", "embed")
+            ctx,
+            embedding_init,
+            (num_embeddings, features),
+            param_dtype,
+            names=("vocab", "embed"),
+            metadata=embedding_metadata,
         )
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Looks up vectors.
 
         Args:
             inputs: integers of any shape, from 0 to `num_embeddings - 1`.
+            out_sharding: on a mesh of explicit axes, how the outputs are split, such as a PartitionSpec; `None` splits
+                them as inputs and table are.
 
         Returns:
             [*inputs.shape, features].
@@ -84,18 +99,20 @@ class Embed(Module):
         """
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise ShapeError(f"{type(self).__name__}: expected integer `inputs`, got dtype {inputs.dtype.name}")
-        (table,) = promote_dtype((self.embedding,), dtype=self.dtype, inexact=False)
-        if is_explicit(table):
-            return rows(table, inputs)
+        (table,) = self.promote_dtype((self.embedding,), dtype=self.dtype, inexact=False)
+        if is_explicit(table) or out_sharding is not None:
+            return rows(table, inputs, out_sharding)
         return jnp.take(table, inputs, axis=0)
 
-    def attend(self, query: jax.Array) -> jax.Array:
+    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Scores each vector of the table against `query`: `logits = query @ embedding.T`.
 
         This is the output layer of a language model that ties its input and output embeddings.
 
         Args:
             query: [..., features].
+            out_sharding: on a mesh of explicit axes, how the logits are split; `None` splits them as query and table
+                are.
 
         Returns:
             [..., num_embeddings].
@@ -106,5 +123,5 @@ class Embed(Module):
         Reference: Press and Wolf, 2017, Using the Output Embedding to Improve Language Models, arXiv:1608.05859.
         """
         check_features(self, "query", query, self.features, f"features={self.features}")
-        x, table = promote_dtype((query, self.embedding), dtype=self.dtype)
-        return project(x, table.T)
+        x, table = self.promote_dtype((query, self.embedding), dtype=self.dtype)
+        return project(x, table.T, out_sharding=out_sharding)

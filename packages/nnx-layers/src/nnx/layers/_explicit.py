@@ -8,14 +8,16 @@ weights' axes are those of the outputs, and sums over split axes are reduced.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
+from jax.typing import DTypeLike
 
 __all__ = [
     "contraction",
@@ -56,17 +58,18 @@ def _moved(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
     return x if spec_of(x) == tuple(spec) else jax.sharding.reshard(x, PartitionSpec(*spec))
 
 
-def product(x: jax.Array, kernel: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, PartitionSpec]:
+def product(x: jax.Array, kernel: jax.Array, axes: tuple[int, ...], batch: int = 0) -> tuple[jax.Array, PartitionSpec]:
     """The kernel as it has to be split for a product with `x`, and how the outputs are split.
 
     Args:
         x: the inputs.
-        kernel: the weights, the axes to be summed over first.
+        kernel: the weights, the axes to be summed over first, behind those of the batch.
         axes: the axes of `x` to be summed over.
+        batch: how many first axes both have in common.
     """
     mine, theirs = spec_of(x), spec_of(kernel)
-    outputs = [_without(entry, _axes(mine)) for entry in theirs[len(axes) :]]
-    moved = _moved(kernel, [*(mine[axis] for axis in axes), *outputs])
+    outputs = [_without(entry, _axes(mine)) for entry in theirs[batch + len(axes) :]]
+    moved = _moved(kernel, [*mine[:batch], *(mine[axis] for axis in axes), *outputs])
     return moved, PartitionSpec(*(entry for i, entry in enumerate(mine) if i not in axes), *outputs)
 
 
@@ -92,7 +95,17 @@ def contraction(
 
 
 def convolve(
-    x: jax.Array, kernel: jax.Array, dimensions: lax.ConvDimensionNumbers, groups: int = 1, **options: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    dimensions: lax.ConvDimensionNumbers,
+    groups: int = 1,
+    function: Callable[..., Any] = lax.conv_general_dilated,
+    out_sharding: Any = None,
+    *,
+    window_strides: Sequence[int],
+    padding: Any,
+    preferred_element_type: DTypeLike | None = None,
+    **options: Any,
 ) -> jax.Array:
     """`lax.conv_general_dilated`, with the kernel split as a product's.
 
@@ -102,16 +115,32 @@ def convolve(
         dimensions: the axes of inputs, kernel and outputs, as numbers.
         groups: the number of groups of features. A kernel of several is gathered: what JAX does with it in a gradient
             cuts across the shards.
+        function: what is called in its place.
+        out_sharding: how the outputs are split; `None` splits them as inputs and kernel are.
+        window_strides: as there.
+        padding: as there.
+        preferred_element_type: as there.
         **options: the other arguments of `lax.conv_general_dilated`, by name.
     """
     options |= {"dimension_numbers": dimensions, "feature_group_count": groups}
-    if not is_explicit(x) and not is_explicit(kernel):
-        return lax.conv_general_dilated(x, kernel, **options)
+    if is_explicit(x) or is_explicit(kernel):
+        plain = functools.partial(lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options)
+        found = jax.eval_shape(plain, *map(_unsplit, (x, kernel))).shape
+        kernel, known = _split_convolution(x, kernel, dimensions, groups, found)
+        out_sharding = known if out_sharding is None else out_sharding
+    # Only what is asked for, so that a function of the user's need not know every option.
+    asked = {"preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
+    options |= {name: value for name, value in asked.items() if value is not None}
+    out: jax.Array = function(x, kernel, window_strides, padding, **options)
+    return out
+
+
+def _split_convolution(
+    x: jax.Array, kernel: jax.Array, dimensions: lax.ConvDimensionNumbers, groups: int, shape: tuple[int, ...]
+) -> tuple[jax.Array, PartitionSpec]:
+    """The kernel as it has to be split for a convolution of `x`, and how the outputs, of this shape, are split."""
     (_, x_in, *_), (kernel_out, kernel_in, *_), (_, out_features, *_) = dimensions
     mine, theirs = spec_of(x), spec_of(kernel)
-    found = jax.eval_shape(
-        lambda x, kernel: lax.conv_general_dilated(x, kernel, **options), *map(_unsplit, (x, kernel))
-    )
     weights: list[Any] = [None] * kernel.ndim
     if groups == 1:
         weights[kernel_in], weights[kernel_out] = mine[x_in], _without(theirs[kernel_out], _axes(mine))
@@ -120,8 +149,8 @@ def convolve(
         out[target] = mine[source]
     # A strided or unpadded convolution may leave a size that the mesh does not divide.
     out[out_features] = weights[kernel_out] if groups == 1 else mine[x_in]
-    out = [_dividing(entry, size, x) for entry, size in zip(out, found.shape, strict=True)]
-    return lax.conv_general_dilated(x, _moved(kernel, weights), **options, out_sharding=PartitionSpec(*out))
+    out = [_dividing(entry, size, x) for entry, size in zip(out, shape, strict=True)]
+    return _moved(kernel, weights), PartitionSpec(*out)
 
 
 def _unsplit(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -160,11 +189,11 @@ def whole(weights: jax.Array) -> jax.Array:
     return _moved(weights, (None,) * weights.ndim) if is_explicit(weights) else weights
 
 
-def rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+def rows(table: jax.Array, indices: jax.Array, out_sharding: Any = None) -> jax.Array:
     """`jnp.take(table, indices, axis=0)`, with the table split over mesh axes, the indices too perhaps."""
     used = _axes(spec_of(indices))
     moved = _moved(table, [_without(entry, used) for entry in spec_of(table)])
-    out = PartitionSpec(*spec_of(indices), *spec_of(moved)[1:])
+    out = PartitionSpec(*spec_of(indices), *spec_of(moved)[1:]) if out_sharding is None else out_sharding
     return moved.at[indices].get(mode="fill", out_sharding=out)
 
 

@@ -8,7 +8,8 @@ from jax.typing import DTypeLike
 
 from nnx.core import Context, ShapeError
 from nnx.layers import initializers
-from nnx.layers._common import Axes, as_tuple, normalize_axes
+from nnx.layers._common import NO_METADATA, Axes, Metadata, PromoteDtype, as_tuple, normalize_axes
+from nnx.layers._dtypes import promote_dtype
 from nnx.layers._norm_base import IndexGroups, Norm
 from nnx.layers.initializers import Initializer
 
@@ -48,7 +49,10 @@ class InstanceNorm(Norm):
         axis_name: str | None = None,
         axis_index_groups: IndexGroups | None = None,
         use_fast_variance: bool = True,
+        promote_dtype: PromoteDtype = promote_dtype,
         ctx: Context,
+        bias_metadata: Metadata = NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -66,7 +70,11 @@ class InstanceNorm(Norm):
             axis_index_groups: groups of indices along that axis, each with statistics of its own.
             use_fast_variance: whether the variance is `E[x^2] - E[x]^2`, in one pass, rather than `E[(x - E[x])^2]`,
                 which keeps its digits where the mean is large beside the deviation.
+            promote_dtype: casts the tuple of inputs, scale and bias beforehand, with the arguments of
+                `nnx.promote_dtype`, which itself casts the outputs alone.
             ctx: gives the keys, from its stream "params".
+            bias_metadata: metadata of the bias, which win over those of its initializer and of the layer.
+            scale_metadata: the same for the scale.
 
         Raises:
             ValueError: `feature_axes` are not one axis.
@@ -75,8 +83,15 @@ class InstanceNorm(Norm):
         self.feature_axes: tuple[int, ...] = as_tuple(feature_axes)
         if len(self.feature_axes) != 1:
             raise ValueError(f"InstanceNorm: feature_axes must be one axis, that of the channels, got {feature_axes}")
-        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance)
-        self._set_affine((num_features,), scale_init if use_scale else None, bias_init if use_bias else None, ctx)
+        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
+        self._set_affine(
+            (num_features,),
+            scale_init if use_scale else None,
+            bias_init if use_bias else None,
+            ctx,
+            scale_metadata,
+            bias_metadata,
+        )
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalises `x`.
@@ -105,5 +120,6 @@ class InstanceNorm(Norm):
                 f" (num_features={self.num_features}), got {tuple(x.shape)}"
             )
         axes = tuple(axis for axis in range(1, x.ndim) if axis != channels)
+        x, scale, bias = self._operands(x)
         mean, var, _ = self._statistics(x, axes, mask)
-        return self._normalized(x, mean, var, (channels,), x)
+        return self._normalized(x, mean, var, (channels,), scale, bias)

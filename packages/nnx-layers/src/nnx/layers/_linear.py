@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
-from nnx.core import Context, Module, Param, ShapeError
+from nnx.core import Context, Module, Param, ShapeError, VariableMetadata
 from nnx.layers import _activations
 from nnx.layers._common import (
+    NO_METADATA,
     Axes,
     DefaultNames,
+    Layer,
+    Metadata,
     Names,
     PrecisionLike,
+    PromoteDtype,
+    add,
     add_bias,
     as_tuple,
     check_features,
@@ -29,12 +36,13 @@ from nnx.layers._common import (
 )
 from nnx.layers._dropout import Dropout
 from nnx.layers._dtypes import promote_dtype
+from nnx.layers._explicit import fit_weights
 from nnx.layers.initializers import Initializer
 
 __all__ = ["MLP", "Linear", "LinearGeneral"]
 
 
-class Linear(Module):
+class Linear(Layer):
     """An affine map of the last axis: `y = x @ kernel + bias`.
 
     Attributes:
@@ -54,6 +62,8 @@ class Linear(Module):
 
     kernel: jax.Array
     bias: jax.Array | None
+    dot_general: Callable[..., Any] = staticmethod(lax.dot_general)
+    preferred_element_type: DTypeLike | None = None
 
     def __init__(
         self,
@@ -66,7 +76,12 @@ class Linear(Module):
         precision: PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
+        dot_general: Callable[..., Any] = lax.dot_general,
+        promote_dtype: PromoteDtype = promote_dtype,
+        preferred_element_type: DTypeLike | None = None,
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -79,7 +94,12 @@ class Linear(Module):
             precision: precision of the product, see `jax.lax.Precision`.
             kernel_init: initializer of the kernel.
             bias_init: initializer of the bias.
+            dot_general: computes the product, with the arguments of `jax.lax.dot_general`; may be a Module.
+            promote_dtype: casts the tuple of inputs, kernel and bias, with the arguments of `nnx.promote_dtype`.
+            preferred_element_type: dtype of the product, to which the bias is added in their common type.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernel, which win over those of its initializer and of the layer.
+            bias_metadata: the same for the bias.
         """
         self.in_features = in_features
         self.out_features = out_features
@@ -87,14 +107,23 @@ class Linear(Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        self.kernel = make_param(ctx, kernel_init, (in_features, out_features), param_dtype, names=("in", "out"))
-        self.bias = make_param(ctx, bias_init, (out_features,), param_dtype, names=("out",)) if use_bias else None
+        self._choose(
+            dot_general=dot_general, promote_dtype=promote_dtype, preferred_element_type=preferred_element_type
+        )
+        self.kernel = make_param(
+            ctx, kernel_init, (in_features, out_features), param_dtype, names=("in", "out"), metadata=kernel_metadata
+        )
+        self.bias = None
+        if use_bias:
+            self.bias = make_param(ctx, bias_init, (out_features,), param_dtype, names=("out",), metadata=bias_metadata)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the map.
 
         Args:
             inputs: [..., in_features].
+            out_sharding: on a mesh of explicit axes, how the outputs are split, such as a PartitionSpec; `None` splits
+                them as inputs and kernel are.
 
         Returns:
             [..., out_features].
@@ -103,20 +132,30 @@ class Linear(Module):
             ShapeError: the last axis of `inputs` is not `in_features`.
         """
         check_features(self, "inputs", inputs, self.in_features, f"in_features={self.in_features}")
-        x, kernel, bias = promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
-        return add_bias(project(x, kernel, precision=self.precision), bias)
+        x, kernel, bias = self.promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
+        y = project(
+            x,
+            kernel,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            out_sharding=out_sharding,
+            dot_general=self.dot_general,
+        )
+        return add_bias(y, bias)
 
 
-class LinearGeneral(Module):
+class LinearGeneral(Layer):
     """An affine map from some axes of the inputs to new last axes of the outputs.
 
     `y[..., o] = sum_i x[..., i] kernel[i, o] + bias[o]`, where `i` runs over the axes `axis` and `o` over the new ones.
 
-    Initializers are called with the kernel's axes merged to [inputs, outputs], so that fans count all of them.
+    Initializers are called with the kernel's axes merged to [inputs, outputs], so that fans count all of them. With
+    `batch_axis` there is such a map for each index of those axes, `y[b, ..., o] = sum_i x[b, ..., i] kernel[b, i, o] +
+    bias[b, o]`, each from a call of its own.
 
     Attributes:
-        kernel: Param, [*in_features, *out_features].
-        bias: Param, [*out_features], or None.
+        kernel: Param, [*sizes of batch_axis, *in_features, *out_features].
+        bias: Param, [*sizes of batch_axis, *out_features], or None.
 
     Reference: `jax.lax.dot_general`, which computes it.
 
@@ -127,10 +166,17 @@ class LinearGeneral(Module):
         (16, 4, 5)
         >>> layer.kernel.shape
         (2, 3, 4, 5)
+        >>> experts = nnx.LinearGeneral(2, 4, batch_axis={0: 8}, ctx=nnx.context(0))
+        >>> experts(jnp.ones((8, 16, 2))).shape, experts.kernel.shape
+        ((8, 16, 4), (8, 2, 4))
     """
 
     kernel: jax.Array
     bias: jax.Array | None
+    batch_axis: Mapping[int, int] = MappingProxyType({})
+    dot_general: Callable[..., Any] | None = None
+    dot_general_cls: Callable[[], Callable[..., Any]] | None = None
+    preferred_element_type: DTypeLike | None = None
 
     def __init__(
         self,
@@ -138,13 +184,20 @@ class LinearGeneral(Module):
         out_features: int | Sequence[int],
         *,
         axis: Axes = -1,
+        batch_axis: Mapping[int, int] = MappingProxyType({}),
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
         precision: PrecisionLike = None,
+        promote_dtype: PromoteDtype = promote_dtype,
+        dot_general: Callable[..., Any] | None = None,
+        dot_general_cls: Callable[[], Callable[..., Any]] | None = None,
+        preferred_element_type: DTypeLike | None = None,
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -152,16 +205,24 @@ class LinearGeneral(Module):
             in_features: sizes of the axes to contract.
             out_features: sizes of the new axes.
             axis: the axes to contract, one to a size in `in_features`.
+            batch_axis: the sizes of the axes, by their positions from 0 on, along which each index has a map of its
+                own.
             use_bias: whether to add a bias.
             dtype: dtype to compute in; `None` takes the common type of inputs and parameters.
             param_dtype: dtype of the parameters.
             kernel_init: initializer of the kernel.
             bias_init: initializer of the bias.
             precision: precision of the product, see `jax.lax.Precision`.
+            promote_dtype: casts the tuple of inputs, kernel and bias, with the arguments of `nnx.promote_dtype`.
+            dot_general: computes the product, with the arguments of `jax.lax.dot_general`, which it is for `None`.
+            dot_general_cls: makes `dot_general` anew in each call, in place of the argument above.
+            preferred_element_type: dtype of the product, to which the bias is added in their common type.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernel, which win over those of its initializer and of the layer.
+            bias_metadata: the same for the bias.
 
         Raises:
-            ValueError: `axis` and `in_features` differ in length.
+            ValueError: `axis` and `in_features` differ in length, or `batch_axis` are not the first axes.
         """
         self.in_features: tuple[int, ...] = as_tuple(in_features)
         self.out_features: tuple[int, ...] = as_tuple(out_features)
@@ -174,21 +235,39 @@ class LinearGeneral(Module):
             raise ValueError(
                 f"LinearGeneral: in_features {self.in_features} and axis {self.axis} must have the same length"
             )
+        if sorted(batch_axis) != list(range(len(batch_axis))):
+            raise ValueError(
+                f"LinearGeneral: batch_axis gives the sizes of the first axes, by their positions 0, 1 and so on; got"
+                f" {dict(batch_axis)}"
+            )
+        self._choose(
+            promote_dtype=promote_dtype,
+            dot_general=dot_general,
+            dot_general_cls=dot_general_cls,
+            preferred_element_type=preferred_element_type,
+        )
+        batch = tuple(batch_axis[position] for position in range(len(batch_axis)))
+        if batch:
+            self.batch_axis = dict(enumerate(batch))
+            kernel_init, bias_init = (_Each(init, math.prod(batch)) for init in (kernel_init, bias_init))
         n_in, n_out = math.prod(self.in_features), math.prod(self.out_features)
-        shape = self.in_features + self.out_features
+        unnamed = (None,) * len(batch)
         names_out = _first("out", len(self.out_features))
-        names = _first("in", len(self.in_features)) + names_out
-        self.kernel = _reshaped(make_param(ctx, kernel_init, (n_in, n_out), param_dtype, names=names), shape)
+        names = unnamed + _first("in", len(self.in_features)) + names_out
+        kernel = make_param(ctx, kernel_init, (n_in, n_out), param_dtype, names=names, metadata=kernel_metadata)
+        self.kernel = _reshaped(kernel, batch + self.in_features + self.out_features)
         self.bias = None
         if use_bias:
-            bias = make_param(ctx, bias_init, (n_out,), param_dtype, names=names_out)
-            self.bias = _reshaped(bias, self.out_features)
+            bias = make_param(ctx, bias_init, (n_out,), param_dtype, names=unnamed + names_out, metadata=bias_metadata)
+            self.bias = _reshaped(bias, batch + self.out_features)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the map.
 
         Args:
             inputs: an array whose axes `axis` have the sizes `in_features`.
+            out_sharding: on a mesh of explicit axes, how the outputs are split, such as a PartitionSpec; `None` splits
+                them as inputs and kernel are.
 
         Returns:
             The axes of `inputs` that are left, in order, followed by `out_features`.
@@ -197,14 +276,53 @@ class LinearGeneral(Module):
             ShapeError: `inputs` lacks one of the axes, or it has another size.
         """
         axes = normalize_axes(self.axis, inputs.ndim, f"{type(self).__name__}: axes")
+        batch = tuple(self.batch_axis.values())
         if tuple(inputs.shape[axis] for axis in axes) != self.in_features:
             raise ShapeError(
                 f"{type(self).__name__}: expected `inputs` with sizes {self.in_features} at the axes {self.axis}"
                 f" (in_features), got {tuple(inputs.shape)}"
             )
-        x, kernel, bias = promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
-        y = project(x, kernel, axes=axes, precision=self.precision)
-        return add_bias(y, bias)
+        if batch and (inputs.shape[: len(batch)] != batch or min(axes) < len(batch)):
+            raise ShapeError(
+                f"{type(self).__name__}: expected `inputs` with first axes of the sizes {batch} (batch_axis), none of"
+                f" them among the axes to contract, {self.axis}; got {tuple(inputs.shape)}"
+            )
+        x, kernel, bias = self.promote_dtype((inputs, self.kernel, self.bias), dtype=self.dtype)
+        y = project(
+            x,
+            kernel,
+            axes=axes,
+            batch=len(batch),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            out_sharding=out_sharding,
+            dot_general=self._dot_general(),
+        )
+        if bias is None or not batch:
+            return add_bias(y, bias)
+        between = (1,) * (y.ndim - bias.ndim)
+        return add(y, fit_weights(bias.reshape(batch + between + self.out_features), y))
+
+    def _dot_general(self) -> Callable[..., Any]:
+        if self.dot_general_cls is not None:
+            return self.dot_general_cls()
+        return lax.dot_general if self.dot_general is None else self.dot_general
+
+
+class _Each:
+    """An initializer that makes `count` arrays of the shape it is called with, each with a key of its own."""
+
+    def __init__(self, init: Initializer, count: int) -> None:
+        self.__wrapped__ = init
+        self.count = count
+
+    def __call__(self, key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
+        """The arrays along a first axis, with the metadata of the last one."""
+        keys: Any = [None] * self.count if key is None else jax.random.split(key, self.count)
+        made: list[Any] = [self.__wrapped__(key, shape, dtype) for key in keys]
+        boxed = isinstance(made[-1], VariableMetadata)
+        values = jnp.stack([each.value if boxed else each for each in made])
+        return VariableMetadata(values, made[-1].metadata) if boxed else values
 
 
 def _first(name: str, count: int) -> Names:

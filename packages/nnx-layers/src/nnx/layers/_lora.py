@@ -11,8 +11,19 @@ from jax.typing import DTypeLike
 
 from nnx.core import Context, Module, Param, Variable
 from nnx.layers import initializers
-from nnx.layers._common import PrecisionLike, check_features, make_param, normalize_axes, project
+from nnx.layers._common import (
+    NO_METADATA,
+    Layer,
+    Metadata,
+    PrecisionLike,
+    PromoteDtype,
+    check_features,
+    make_param,
+    normalize_axes,
+    project,
+)
 from nnx.layers._dtypes import promote_dtype, statistics_dtype
+from nnx.layers._explicit import like
 from nnx.layers._linear import Linear, LinearGeneral
 from nnx.layers.initializers import Initializer
 
@@ -37,7 +48,7 @@ class LoRAParam(Param[Any]):
     collection = "lora_params"
 
 
-class LoRA(Module):
+class LoRA(Layer):
     """A map of low rank: `y = scale * x @ lora_a @ lora_b`, added to what `base_module` gives, if there is one.
 
     `scale` is `alpha / lora_rank`, or 1 without `alpha`. `lora_b` starts at zero, and so does the map.
@@ -78,7 +89,10 @@ class LoRA(Module):
         a_initializer: Initializer = default_a_initializer,
         b_initializer: Initializer = default_b_initializer,
         lora_param_type: type[Variable[Any]] = LoRAParam,
+        promote_dtype: PromoteDtype = promote_dtype,
         ctx: Context,
+        a_metadata: Metadata = NO_METADATA,
+        b_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -94,7 +108,10 @@ class LoRA(Module):
             a_initializer: initializer of `lora_a`.
             b_initializer: initializer of `lora_b`; anything but zeros changes the outputs before any training.
             lora_param_type: the Variable type of the parameters.
+            promote_dtype: casts the tuple of inputs, `lora_a` and `lora_b`, with the arguments of `nnx.promote_dtype`.
             ctx: gives the keys, from its stream "params".
+            a_metadata: metadata of `lora_a`, which win over those of its initializer and of the layer.
+            b_metadata: the same for `lora_b`.
 
         Raises:
             TypeError: `base_module` cannot be called.
@@ -113,11 +130,12 @@ class LoRA(Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.base_module = base_module
+        self._choose(promote_dtype=promote_dtype)
         self.lora_a = make_param(
-            ctx, a_initializer, (in_features, lora_rank), param_dtype, lora_param_type, ("in", "lora")
+            ctx, a_initializer, (in_features, lora_rank), param_dtype, lora_param_type, ("in", "lora"), a_metadata
         )
         self.lora_b = make_param(
-            ctx, b_initializer, (lora_rank, out_features), param_dtype, lora_param_type, ("lora", "out")
+            ctx, b_initializer, (lora_rank, out_features), param_dtype, lora_param_type, ("lora", "out"), b_metadata
         )
 
     @property
@@ -139,7 +157,7 @@ class LoRA(Module):
             ShapeError: the last axis of `x` is not `in_features`.
         """
         check_features(self, "x", x, self.in_features, f"in_features={self.in_features}")
-        inputs, a, b = promote_dtype((x, self.lora_a, self.lora_b), dtype=self.dtype)
+        inputs, a, b = self.promote_dtype((x, self.lora_a, self.lora_b), dtype=self.dtype)
         # Scaled where it is smallest.
         y = project(project(inputs, a, precision=self.precision) * self.scale, b, precision=self.precision)
         if self.base_module is None:
@@ -190,7 +208,10 @@ class LoRALinear(Linear):
         a_initializer: Initializer = default_a_initializer,
         b_initializer: Initializer = default_b_initializer,
         lora_param_type: type[Variable[Any]] = LoRAParam,
+        lora_promote_dtype: PromoteDtype = promote_dtype,
         ctx: Context,
+        a_metadata: Metadata = NO_METADATA,
+        b_metadata: Metadata = NO_METADATA,
         **kwargs: Any,
     ) -> None:
         """Makes the layer.
@@ -206,7 +227,10 @@ class LoRALinear(Linear):
             a_initializer: initializer of `lora_a`.
             b_initializer: initializer of `lora_b`.
             lora_param_type: the Variable type of its parameters.
+            lora_promote_dtype: the map's `promote_dtype`.
             ctx: gives the keys, from its stream "params".
+            a_metadata: metadata of `lora_a`.
+            b_metadata: metadata of `lora_b`.
             **kwargs: the other options of Linear.
 
         Raises:
@@ -224,14 +248,19 @@ class LoRALinear(Linear):
             a_initializer=a_initializer,
             b_initializer=b_initializer,
             lora_param_type=lora_param_type,
+            promote_dtype=lora_promote_dtype,
             ctx=ctx,
+            a_metadata=a_metadata,
+            b_metadata=b_metadata,
         )
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer and the map beside it.
 
         Args:
             inputs: [..., in_features].
+            out_sharding: on a mesh of explicit axes, how the outputs are split, such as a PartitionSpec; `None` splits
+                them as inputs and kernel are.
 
         Returns:
             [..., out_features].
@@ -239,8 +268,8 @@ class LoRALinear(Linear):
         Raises:
             ShapeError: the last axis of `inputs` is not `in_features`.
         """
-        y = super().__call__(inputs)
-        return y + self.lora(inputs).astype(y.dtype)
+        y = super().__call__(inputs, out_sharding)
+        return y + like(self.lora(inputs).astype(y.dtype), y)
 
 
 class LoRALinearGeneral(LinearGeneral):
@@ -278,7 +307,10 @@ class LoRALinearGeneral(LinearGeneral):
         a_initializer: Initializer = default_a_initializer,
         b_initializer: Initializer = default_b_initializer,
         lora_param_type: type[Variable[Any]] = LoRAParam,
+        lora_promote_dtype: PromoteDtype = promote_dtype,
         ctx: Context,
+        a_metadata: Metadata = NO_METADATA,
+        b_metadata: Metadata = NO_METADATA,
         **kwargs: Any,
     ) -> None:
         """Makes the layer.
@@ -294,12 +326,21 @@ class LoRALinearGeneral(LinearGeneral):
             a_initializer: initializer of `lora_a`.
             b_initializer: initializer of `lora_b`.
             lora_param_type: the Variable type of its parameters.
+            lora_promote_dtype: the map's `promote_dtype`.
             ctx: gives the keys, from its stream "params".
+            a_metadata: metadata of `lora_a`.
+            b_metadata: metadata of `lora_b`.
             **kwargs: the other options of LinearGeneral.
 
         Raises:
-            ValueError: `lora_rank` is less than 1, or `axis` and `in_features` differ in length.
+            ValueError: `lora_rank` is less than 1, `axis` and `in_features` differ in length, or there is a
+                `batch_axis`.
         """
+        if kwargs.get("batch_axis"):
+            raise ValueError(
+                f"{type(self).__name__}: the map of low rank is one for all, so `batch_axis` is left out; got"
+                f" {dict(kwargs['batch_axis'])}"
+            )
         super().__init__(in_features, out_features, ctx=ctx, **kwargs)
         self.lora = LoRA(
             math.prod(self.in_features),
@@ -312,14 +353,19 @@ class LoRALinearGeneral(LinearGeneral):
             a_initializer=a_initializer,
             b_initializer=b_initializer,
             lora_param_type=lora_param_type,
+            promote_dtype=lora_promote_dtype,
             ctx=ctx,
+            a_metadata=a_metadata,
+            b_metadata=b_metadata,
         )
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer and the map beside it.
 
         Args:
             inputs: an array whose axes `axis` have the sizes `in_features`.
+            out_sharding: on a mesh of explicit axes, how the outputs are split, such as a PartitionSpec; `None` splits
+                them as inputs and kernel are.
 
         Returns:
             The axes of `inputs` that are left, in order, followed by `out_features`.
@@ -327,8 +373,8 @@ class LoRALinearGeneral(LinearGeneral):
         Raises:
             ShapeError: `inputs` lacks one of the axes, or it has another size.
         """
-        y = super().__call__(inputs)
+        y = super().__call__(inputs, out_sharding)
         axes = normalize_axes(self.axis, inputs.ndim, f"{type(self).__name__}: axes")
         last = jnp.moveaxis(inputs, axes, range(inputs.ndim - len(axes), inputs.ndim))
         flat = last.reshape(*last.shape[: inputs.ndim - len(axes)], self.lora.in_features)
-        return y + self.lora(flat).reshape(y.shape).astype(y.dtype)
+        return y + like(self.lora(flat).reshape(y.shape).astype(y.dtype), y)

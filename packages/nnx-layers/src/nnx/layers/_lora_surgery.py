@@ -48,8 +48,8 @@ def apply_lora(
     """Replaces Linear and LinearGeneral layers of a model, in place, by layers with a map of low rank beside them.
 
     A new layer, a LoRALinear or LoRALinearGeneral, holds the very `kernel` and `bias` of the old one, at the same
-    paths. A layer that stands in several places is replaced by one new layer in all of them. Subclasses of the two, and
-    layers that have LoRA already, are left alone.
+    paths. A layer that stands in several places is replaced by one new layer in all of them. Subclasses of the two,
+    layers that have LoRA already, and those with a `batch_axis` are left alone.
 
     Args:
         model: the model.
@@ -203,7 +203,7 @@ def _places(model: Module, kinds: Mapping[type, type]) -> list[_Place]:
                 holders.setdefault((kind, payload), []).append((*path, name))
     found = []
     for index, (path, node) in enumerate(nodes):
-        if node.type in kinds:
+        if node.type in kinds and not getattr(_at(model, path), "batch_axis", None):
             kernel = next(payload for name, _, payload in node.attributes if name == "kernel")
             ties = [tie for tie in holders["cell", kernel] if tie != (*path, "kernel")]
             found.append(_Place(_at(model, path), path, holders.get(("object", index), []), ties))

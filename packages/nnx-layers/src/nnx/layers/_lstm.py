@@ -10,9 +10,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from nnx.core import Context, ShapeError
-from nnx.layers._common import PrecisionLike, default_bias_init, default_kernel_init
+from nnx.layers._common import (
+    NO_METADATA,
+    Metadata,
+    PrecisionLike,
+    PromoteDtype,
+    default_bias_init,
+    default_kernel_init,
+)
+from nnx.layers._dtypes import promote_dtype, widest
 from nnx.layers._linear import Linear
-from nnx.layers._recurrent_cells import Activation, Cell, default_recurrent_kernel_init, function_of, widest
+from nnx.layers._recurrent_cells import Activation, Cell, default_recurrent_kernel_init, function_of
 from nnx.layers.initializers import Initializer
 
 __all__ = ["LSTMCell", "OptimizedLSTMCell"]
@@ -32,7 +40,7 @@ class _LSTM(Cell):
         Args:
             input_shape: the shape of the inputs of one time step, [*batch, in_features].
             ctx: gives the keys, from its stream "carry". Not needed where nothing is drawn.
-            carry_init: initializer of the carry; `None` is zeros.
+            carry_init: initializer of the carry; `None` is that of the constructor, or else zeros.
 
         Returns:
             The memory `c` and the output `h`, both [*batch, hidden_features], of the dtype of the parameters.
@@ -111,8 +119,13 @@ class LSTMCell(_LSTM):
         bias_init: Initializer = default_bias_init,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        carry_init: Initializer | None = None,
+        promote_dtype: PromoteDtype = promote_dtype,
         precision: PrecisionLike = None,
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        recurrent_kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the cell.
 
@@ -126,38 +139,48 @@ class LSTMCell(_LSTM):
             bias_init: initializer of the biases.
             dtype: dtype to compute in, and of the outputs; `None` takes the common type of inputs and parameters.
             param_dtype: dtype of the parameters, and of the first carry.
+            carry_init: initializer of the first carry, unless `initialize_carry` is given one; `None` is zeros.
+            promote_dtype: the same option of the Linear layers.
             precision: precision of the products, see `jax.lax.Precision`.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernels of the inputs.
+            recurrent_kernel_metadata: metadata of the kernels of `h`.
+            bias_metadata: metadata of the biases.
 
         Raises:
             ValueError: there is no activation of that name.
         """
         self._set_options(
-            in_features, hidden_features, dtype, param_dtype, gate_fn=gate_fn, activation_fn=activation_fn
+            in_features,
+            hidden_features,
+            dtype,
+            param_dtype,
+            carry_init,
+            promote_dtype,
+            gate_fn=gate_fn,
+            activation_fn=activation_fn,
         )
+        options = self._linear_options(precision, ctx)
         for gate in ("i", "f", "g", "o"):
             name = "if_" if gate == "f" else f"i{gate}"  # `if` is a keyword
             of_inputs = Linear(
                 in_features,
                 hidden_features,
                 use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                precision=precision,
                 kernel_init=kernel_init,
-                ctx=ctx,
+                kernel_metadata=kernel_metadata,
+                **options,
             )
             setattr(self, name, of_inputs)
         for gate in ("i", "f", "g", "o"):
             of_carry = Linear(
                 hidden_features,
                 hidden_features,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                precision=precision,
                 kernel_init=recurrent_kernel_init,
                 bias_init=bias_init,
-                ctx=ctx,
+                kernel_metadata=recurrent_kernel_metadata,
+                bias_metadata=bias_metadata,
+                **options,
             )
             setattr(self, f"h{gate}", of_carry)
 
@@ -207,8 +230,13 @@ class OptimizedLSTMCell(_LSTM):
         bias_init: Initializer = default_bias_init,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        carry_init: Initializer | None = None,
+        promote_dtype: PromoteDtype = promote_dtype,
         precision: PrecisionLike = None,
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        recurrent_kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the cell.
 
@@ -222,34 +250,44 @@ class OptimizedLSTMCell(_LSTM):
             bias_init: initializer of the bias.
             dtype: dtype to compute in, and of the outputs; `None` takes the common type of inputs and parameters.
             param_dtype: dtype of the parameters, and of the first carry.
+            carry_init: initializer of the first carry, unless `initialize_carry` is given one; `None` is zeros.
+            promote_dtype: the same option of the Linear layers.
             precision: precision of the products, see `jax.lax.Precision`.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernel of the inputs.
+            recurrent_kernel_metadata: metadata of the kernel of `h`.
+            bias_metadata: metadata of the bias.
 
         Raises:
             ValueError: there is no activation of that name.
         """
         self._set_options(
-            in_features, hidden_features, dtype, param_dtype, gate_fn=gate_fn, activation_fn=activation_fn
+            in_features,
+            hidden_features,
+            dtype,
+            param_dtype,
+            carry_init,
+            promote_dtype,
+            gate_fn=gate_fn,
+            activation_fn=activation_fn,
         )
+        options = self._linear_options(precision, ctx)
         self.dense_i: Linear = Linear(
             in_features,
             4 * hidden_features,
             use_bias=False,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
             kernel_init=kernel_init,
-            ctx=ctx,
+            kernel_metadata=kernel_metadata,
+            **options,
         )
         self.dense_h: Linear = Linear(
             hidden_features,
             4 * hidden_features,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
             kernel_init=recurrent_kernel_init,
             bias_init=bias_init,
-            ctx=ctx,
+            kernel_metadata=recurrent_kernel_metadata,
+            bias_metadata=bias_metadata,
+            **options,
         )
 
     def _step(self, carry: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:

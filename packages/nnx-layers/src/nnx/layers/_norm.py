@@ -11,8 +11,17 @@ from jax.typing import DTypeLike
 
 from nnx.core import BatchStat, Context, ShapeError
 from nnx.layers import initializers
-from nnx.layers._common import Axes, as_tuple, as_value, normalize_axes, resolve_flag
-from nnx.layers._dtypes import statistics_dtype
+from nnx.layers._common import (
+    NO_METADATA,
+    Axes,
+    Metadata,
+    PromoteDtype,
+    as_tuple,
+    as_value,
+    normalize_axes,
+    resolve_flag,
+)
+from nnx.layers._dtypes import promote_dtype, statistics_dtype
 from nnx.layers._explicit import like
 from nnx.layers._norm_base import IndexGroups, Norm, broadcast_mask
 from nnx.layers.initializers import Initializer
@@ -69,7 +78,10 @@ class BatchNorm(Norm):
         axis_name: str | None = None,
         axis_index_groups: IndexGroups | None = None,
         use_fast_variance: bool = True,
+        promote_dtype: PromoteDtype = promote_dtype,
         ctx: Context,
+        bias_metadata: Metadata = NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -90,14 +102,25 @@ class BatchNorm(Norm):
             axis_index_groups: groups of indices along that axis, each with statistics of its own.
             use_fast_variance: whether the variance is `E[x^2] - E[x]^2`, in one pass, rather than `E[(x - E[x])^2]`,
                 which keeps its digits where the mean is large beside the deviation.
+            promote_dtype: casts the tuple of inputs, running averages, scale and bias beforehand, with the arguments of
+                `nnx.promote_dtype`, which itself casts the outputs alone.
             ctx: gives the keys, from its stream "params".
+            bias_metadata: metadata of the bias, which win over those of its initializer and of the layer.
+            scale_metadata: the same for the scale.
         """
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
         self.momentum = momentum
-        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance)
-        self._set_affine((num_features,), scale_init if use_scale else None, bias_init if use_bias else None, ctx)
+        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
+        self._set_affine(
+            (num_features,),
+            scale_init if use_scale else None,
+            bias_init if use_bias else None,
+            ctx,
+            scale_metadata,
+            bias_metadata,
+        )
         stats_dtype = statistics_dtype(param_dtype)
         self.mean = as_value(BatchStat(jnp.zeros((num_features,), stats_dtype), sharding=("features",)))
         self.var = as_value(BatchStat(jnp.ones((num_features,), stats_dtype), sharding=("features",)))
@@ -137,16 +160,17 @@ class BatchNorm(Norm):
                 f" (num_features={self.num_features}), got {tuple(x.shape)}"
             )
         mean: jax.Array | None
+        x, average, variance, scale, bias = self._operands(x, self.mean, self.var)
         if running:
             shape = tuple(size if i == axis else 1 for i, size in enumerate(x.shape))
-            mean, var = self.mean.reshape(shape), self.var.reshape(shape)
+            mean, var = average.reshape(shape), variance.reshape(shape)
         else:
             axes = tuple(i for i in range(x.ndim) if i != axis)
             mean, var, count = self._statistics(x, axes, mask)
             assert mean is not None
             self.mean = self._updated(self.mean, mean, count)
             self.var = self._updated(self.var, var, count)
-        return self._normalized(x, mean, var, (axis,), x)
+        return self._normalized(x, mean, var, (axis,), scale, bias)
 
     def _updated(self, running: jax.Array, batch: jax.Array, count: jax.Array | None) -> jax.Array:
         """The next running average. No gradient goes through it."""
@@ -181,8 +205,9 @@ class _FeatureNorm(Norm):
                 f"{kind}: expected `x` with sizes {self.num_features} at the axes {self.feature_axes} (num_features),"
                 f" got {tuple(x.shape)}"
             )
+        x, scale, bias = self._operands(x)
         mean, var, _ = self._statistics(x, reduced, mask, use_mean=use_mean)
-        return self._normalized(x, mean, var, features, x)
+        return self._normalized(x, mean, var, features, scale, bias)
 
 
 class LayerNorm(_FeatureNorm):
@@ -219,7 +244,10 @@ class LayerNorm(_FeatureNorm):
         axis_name: str | None = None,
         axis_index_groups: IndexGroups | None = None,
         use_fast_variance: bool = True,
+        promote_dtype: PromoteDtype = promote_dtype,
         ctx: Context,
+        bias_metadata: Metadata = NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -238,14 +266,25 @@ class LayerNorm(_FeatureNorm):
             axis_index_groups: groups of indices along that axis, each with statistics of its own.
             use_fast_variance: whether the variance is `E[x^2] - E[x]^2`, in one pass, rather than `E[(x - E[x])^2]`,
                 which keeps its digits where the mean is large beside the deviation.
+            promote_dtype: casts the tuple of inputs, scale and bias beforehand, with the arguments of
+                `nnx.promote_dtype`, which itself casts the outputs alone.
             ctx: gives the keys, from its stream "params".
+            bias_metadata: metadata of the bias, which win over those of its initializer and of the layer.
+            scale_metadata: the same for the scale.
 
         Raises:
             ValueError: `feature_axes` are out of order or do not match `num_features`.
         """
         self._set_axes(num_features, reduction_axes, feature_axes)
-        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance)
-        self._set_affine(self.num_features, scale_init if use_scale else None, bias_init if use_bias else None, ctx)
+        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
+        self._set_affine(
+            self.num_features,
+            scale_init if use_scale else None,
+            bias_init if use_bias else None,
+            ctx,
+            scale_metadata,
+            bias_metadata,
+        )
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalises `x`.
@@ -293,7 +332,10 @@ class RMSNorm(_FeatureNorm):
         feature_axes: Axes = -1,
         axis_name: str | None = None,
         axis_index_groups: IndexGroups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtype = promote_dtype,
         ctx: Context,
+        scale_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -308,16 +350,20 @@ class RMSNorm(_FeatureNorm):
             feature_axes: the axes that the scale varies along, one to a size in `num_features`.
             axis_name: name of a mapped axis over which the mean square is taken too.
             axis_index_groups: groups of indices along that axis, each with a mean square of its own.
+            use_fast_variance: what the other norms ask; without a mean both ways to a variance are this one.
+            promote_dtype: casts the tuple of inputs, scale and None beforehand, with the arguments of
+                `nnx.promote_dtype`, which itself casts the outputs alone.
             ctx: gives the key, from its stream "params".
+            scale_metadata: metadata of the scale, which win over those of its initializer and of the layer.
 
         Raises:
             ValueError: `feature_axes` are out of order or do not match `num_features`.
         """
         self._set_axes(num_features, reduction_axes, feature_axes)
-        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance=True)
-        self._set_affine(self.num_features, scale_init if use_scale else None, None, ctx)
+        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
+        self._set_affine(self.num_features, scale_init if use_scale else None, None, ctx, scale_metadata)
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalises `x`.
 
         Args:
@@ -369,7 +415,10 @@ class GroupNorm(Norm):
         axis_name: str | None = None,
         axis_index_groups: IndexGroups | None = None,
         use_fast_variance: bool = True,
+        promote_dtype: PromoteDtype = promote_dtype,
         ctx: Context,
+        bias_metadata: Metadata = NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the layer.
 
@@ -389,7 +438,11 @@ class GroupNorm(Norm):
             axis_index_groups: groups of indices along that axis, each with statistics of its own.
             use_fast_variance: whether the variance is `E[x^2] - E[x]^2`, in one pass, rather than `E[(x - E[x])^2]`,
                 which keeps its digits where the mean is large beside the deviation.
+            promote_dtype: casts the tuple of inputs, scale and bias beforehand, with the arguments of
+                `nnx.promote_dtype`, which itself casts the outputs alone.
             ctx: gives the keys, from its stream "params".
+            bias_metadata: metadata of the bias, which win over those of its initializer and of the layer.
+            scale_metadata: the same for the scale.
 
         Raises:
             ValueError: not exactly one of `num_groups` and `group_size` is given, or it does not divide `num_features`.
@@ -408,8 +461,15 @@ class GroupNorm(Norm):
         self.num_groups: int = divisor if num_groups is not None else num_features // divisor
         self.group_size: int = num_features // self.num_groups
         self.reduction_axes: tuple[int, ...] | None = None if reduction_axes is None else as_tuple(reduction_axes)
-        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance)
-        self._set_affine((num_features,), scale_init if use_scale else None, bias_init if use_bias else None, ctx)
+        self._set_options(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
+        self._set_affine(
+            (num_features,),
+            scale_init if use_scale else None,
+            bias_init if use_bias else None,
+            ctx,
+            scale_metadata,
+            bias_metadata,
+        )
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalises `x`.
@@ -437,7 +497,8 @@ class GroupNorm(Norm):
         grouped_shape = (*x.shape[:-1], self.num_groups, self.group_size)
         if mask is not None:
             mask = broadcast_mask(self, mask, x.shape).reshape(grouped_shape)
+        x, scale, bias = self._operands(x)
         # The last axis became two, of which only the last is reduced.
         grouped = x.reshape(grouped_shape)
         mean, var, _ = self._statistics(grouped, tuple(i if i < x.ndim - 1 else x.ndim for i in axes), mask)
-        return self._normalized(grouped, mean, var, (x.ndim - 1, x.ndim), x).reshape(x.shape)
+        return self._normalized(grouped, mean, var, (x.ndim - 1, x.ndim), scale, bias).reshape(x.shape)

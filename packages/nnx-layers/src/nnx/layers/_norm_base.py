@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from nnx.core import Context, Module, ShapeError
-from nnx.layers._common import as_tuple, make_param
-from nnx.layers._dtypes import canonicalize_dtype, statistics_dtype
+from nnx.core import Context, Module, Param, ShapeError
+from nnx.layers._common import NO_METADATA, Layer, Metadata, PromoteDtype, as_tuple, make_param
+from nnx.layers._dtypes import canonicalize_dtype, promote_dtype, statistics_dtype
 from nnx.layers._explicit import fit_weights
 from nnx.layers.initializers import Initializer
 
@@ -21,7 +21,7 @@ __all__: list[str] = []
 IndexGroups = Sequence[Sequence[int]]
 
 
-class Norm(Module):
+class Norm(Layer):
     """What all norms share: options, an affine map over the features, statistics and their use."""
 
     scale: jax.Array | None
@@ -35,6 +35,7 @@ class Norm(Module):
         axis_name: str | None,
         axis_index_groups: IndexGroups | None,
         use_fast_variance: bool,
+        promote_dtype: PromoteDtype,
     ) -> None:
         self.epsilon = epsilon
         self.dtype = dtype
@@ -44,6 +45,7 @@ class Norm(Module):
             None if axis_index_groups is None else tuple(as_tuple(g) for g in axis_index_groups)
         )
         self.use_fast_variance = use_fast_variance
+        self._choose(promote_dtype=promote_dtype)
 
     def _set_affine(
         self,
@@ -51,11 +53,27 @@ class Norm(Module):
         scale_init: Initializer | None,
         bias_init: Initializer | None,
         ctx: Context,
+        scale_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes `scale` and `bias`; a None initializer means that there is none."""
         names = ("features", *[None] * (len(shape) - 1))
-        self.scale = None if scale_init is None else make_param(ctx, scale_init, shape, self.param_dtype, names=names)
-        self.bias = None if bias_init is None else make_param(ctx, bias_init, shape, self.param_dtype, names=names)
+
+        def made(init: Initializer | None, metadata: Metadata) -> Any:
+            return None if init is None else make_param(ctx, init, shape, self.param_dtype, Param, names, metadata)
+
+        self.scale, self.bias = made(scale_init, scale_metadata), made(bias_init, bias_metadata)
+
+    def _operands(self, x: jax.Array, *statistics: jax.Array) -> tuple[Any, ...]:
+        """`x`, `statistics`, scale and bias, cast by a `promote_dtype` that was given.
+
+        Ours is not asked: norms compute in the dtype of statistics, whatever that of the outputs.
+        """
+        operands = (x, *statistics, self.scale, self.bias)
+        if self.promote_dtype is promote_dtype:
+            return operands
+        cast: tuple[Any, ...] = self.promote_dtype(operands, dtype=self.dtype)
+        return cast
 
     def _statistics(
         self, x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None, *, use_mean: bool = True
@@ -104,7 +122,13 @@ class Norm(Module):
         return reduce(values, self.axis_name, axis_index_groups=self.axis_index_groups)
 
     def _normalized(
-        self, x: jax.Array, mean: jax.Array | None, var: jax.Array, feature_axes: tuple[int, ...], like: jax.Array
+        self,
+        x: jax.Array,
+        mean: jax.Array | None,
+        var: jax.Array,
+        feature_axes: tuple[int, ...],
+        scale: jax.Array | None,
+        bias: jax.Array | None,
     ) -> jax.Array:
         """`(x - mean) / sqrt(var + epsilon) * scale + bias`, computed in the dtype of statistics.
 
@@ -113,19 +137,20 @@ class Norm(Module):
             mean: the mean, with an axis of size 1 for each that was reduced; None for 0.
             var: the variance, of the same shape.
             feature_axes: the axes of `x` that `scale` and `bias` belong to.
-            like: the inputs, which the output's dtype depends on.
+            scale: the factors of the features.
+            bias: what is added to them.
         """
         work = statistics_dtype(x.dtype)
         shape = tuple(size if axis in feature_axes else 1 for axis, size in enumerate(x.shape))
         y = x.astype(work) if mean is None else x.astype(work) - mean.astype(work)
         factor = lax.rsqrt(var.astype(work) + self.epsilon)
-        if self.scale is not None:
+        if scale is not None:
             # The factors first: one product with the inputs, whose derivative is one product too.
-            factor = factor * fit_weights(self.scale.reshape(shape), x).astype(work)
+            factor = factor * fit_weights(scale.reshape(shape), x).astype(work)
         y = y * factor
-        if self.bias is not None:
-            y = y + fit_weights(self.bias.reshape(shape), x).astype(work)
-        return y.astype(canonicalize_dtype(like, self.scale, self.bias, dtype=self.dtype))
+        if bias is not None:
+            y = y + fit_weights(bias.reshape(shape), x).astype(work)
+        return y.astype(canonicalize_dtype(x, scale, bias, dtype=self.dtype))
 
 
 def broadcast_mask(layer: Module, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -11,8 +11,17 @@ from jax.typing import DTypeLike
 
 from nnx.core import Context, ContextError, Module, ShapeError
 from nnx.layers import _activations, initializers
-from nnx.layers._common import PrecisionLike, check_features, default_bias_init, default_kernel_init
-from nnx.layers._dtypes import canonicalize_dtype, statistics_dtype
+from nnx.layers._common import (
+    NO_METADATA,
+    Layer,
+    Metadata,
+    PrecisionLike,
+    PromoteDtype,
+    check_features,
+    default_bias_init,
+    default_kernel_init,
+)
+from nnx.layers._dtypes import promote_dtype, statistics_dtype, widest
 from nnx.layers._linear import Linear
 from nnx.layers.initializers import Initializer
 
@@ -90,7 +99,7 @@ class RNNCellBase(Module):
         raise NotImplementedError(f"{type(self).__name__} has no `__call__`, which every cell must have")
 
 
-class Cell(RNNCellBase):
+class Cell(Layer, RNNCellBase):
     """What our cells share: their options, their projections, and carries of [*batch, hidden_features].
 
     A carry stays in its own dtype or a wider one: it adds up over the steps, where half precision would lose digits.
@@ -99,6 +108,7 @@ class Cell(RNNCellBase):
 
     param_dtype: DTypeLike
     dtype: DTypeLike | None
+    carry_init: Initializer | None = None
 
     def _set_options(
         self,
@@ -106,12 +116,15 @@ class Cell(RNNCellBase):
         hidden_features: int,
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
+        carry_init: Initializer | None,
+        promote_dtype: PromoteDtype,
         **activations: Activation,
     ) -> None:
         self.in_features = in_features
         self.hidden_features = hidden_features
         self.dtype = dtype
         self.param_dtype = param_dtype
+        self._choose(carry_init=carry_init, promote_dtype=promote_dtype)
         for name, activation in activations.items():
             if isinstance(activation, str) and activation not in _activations.__all__:
                 raise ValueError(
@@ -119,6 +132,16 @@ class Cell(RNNCellBase):
                     " a function"
                 )
             setattr(self, name, activation)
+
+    def _linear_options(self, precision: PrecisionLike, ctx: Context) -> dict[str, Any]:
+        """What all projections of the cell are made with."""
+        return {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "promote_dtype": self.promote_dtype,
+            "precision": precision,
+            "ctx": ctx,
+        }
 
     def __call__(self, carry: Carry, inputs: jax.Array) -> tuple[Carry, jax.Array]:
         """Takes one step.
@@ -156,7 +179,8 @@ class Cell(RNNCellBase):
                 f"{kind}: expected `input_shape` [*batch, {self.in_features}] (in_features={self.in_features}), got"
                 f" {shape}"
             )
-        init = initializers.zeros if carry_init is None else carry_init
+        init = self.carry_init if carry_init is None else carry_init
+        init = initializers.zeros if init is None else init
         key: Any = None
         if initializers.takes_key(init):
             if ctx is None or not ctx.has_rng("carry"):
@@ -175,12 +199,6 @@ def function_of(activation: Activation) -> Callable[[jax.Array], jax.Array]:
     return getattr(_activations, activation) if isinstance(activation, str) else activation
 
 
-def widest(*arrays: jax.Array) -> jnp.dtype:
-    """The common type of a carry and of what is added to it, wanted here even where promotion must be explicit."""
-    with jax.numpy_dtype_promotion("standard"):
-        return canonicalize_dtype(*arrays)
-
-
 class _OneState(Cell):
     """What the cells share whose carry is a single array, which is also their output."""
 
@@ -196,7 +214,7 @@ class _OneState(Cell):
         Args:
             input_shape: the shape of the inputs of one time step, [*batch, in_features].
             ctx: gives the key, from its stream "carry". Not needed where nothing is drawn.
-            carry_init: initializer of the carry; `None` is zeros.
+            carry_init: initializer of the carry; `None` is that of the constructor, or else zeros.
 
         Returns:
             [*batch, hidden_features], of the dtype of the parameters.
@@ -215,27 +233,28 @@ class _OneState(Cell):
         bias_init: Initializer,
         precision: PrecisionLike,
         ctx: Context,
+        kernel_metadata: Metadata,
+        recurrent_kernel_metadata: Metadata,
+        bias_metadata: Metadata,
     ) -> None:
         """Makes `dense_i` and `dense_h`; their sum needs but one bias."""
+        options = self._linear_options(precision, ctx)
         self.dense_i = Linear(
             self.in_features,
             multiple * self.hidden_features,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=precision,
             kernel_init=kernel_init,
             bias_init=bias_init,
-            ctx=ctx,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+            **options,
         )
         self.dense_h = Linear(
             self.hidden_features,
             multiple * self.hidden_features,
             use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=precision,
             kernel_init=recurrent_kernel_init,
-            ctx=ctx,
+            kernel_metadata=recurrent_kernel_metadata,
+            **options,
         )
 
 
@@ -280,8 +299,13 @@ class GRUCell(_OneState):
         bias_init: Initializer = default_bias_init,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        carry_init: Initializer | None = None,
+        promote_dtype: PromoteDtype = promote_dtype,
         precision: PrecisionLike = None,
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        recurrent_kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the cell.
 
@@ -295,16 +319,29 @@ class GRUCell(_OneState):
             bias_init: initializer of the bias.
             dtype: dtype to compute in, and of the outputs; `None` takes the common type of inputs and parameters.
             param_dtype: dtype of the parameters, and of the first carry.
+            carry_init: initializer of the first carry, unless `initialize_carry` is given one; `None` is zeros.
+            promote_dtype: the same option of the Linear layers.
             precision: precision of the products, see `jax.lax.Precision`.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernel of the inputs.
+            recurrent_kernel_metadata: metadata of the kernel of `h`.
+            bias_metadata: metadata of the bias.
 
         Raises:
             ValueError: there is no activation of that name.
         """
         self._set_options(
-            in_features, hidden_features, dtype, param_dtype, gate_fn=gate_fn, activation_fn=activation_fn
+            in_features,
+            hidden_features,
+            dtype,
+            param_dtype,
+            carry_init,
+            promote_dtype,
+            gate_fn=gate_fn,
+            activation_fn=activation_fn,
         )
-        self._set_layers(3, kernel_init, recurrent_kernel_init, bias_init, precision, ctx)
+        metadata = (kernel_metadata, recurrent_kernel_metadata, bias_metadata)
+        self._set_layers(3, kernel_init, recurrent_kernel_init, bias_init, precision, ctx, *metadata)
 
     def _step(self, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         gate, activation = function_of(self.gate_fn), function_of(self.activation_fn)
@@ -346,13 +383,18 @@ class SimpleCell(_OneState):
         *,
         dtype: DTypeLike | None = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        carry_init: Initializer | None = None,
         residual: bool = False,
         activation_fn: Activation = "tanh",
         kernel_init: Initializer = default_kernel_init,
         recurrent_kernel_init: Initializer = default_recurrent_kernel_init,
         bias_init: Initializer = default_bias_init,
+        promote_dtype: PromoteDtype = promote_dtype,
         precision: PrecisionLike = None,
         ctx: Context,
+        kernel_metadata: Metadata = NO_METADATA,
+        recurrent_kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Makes the cell.
 
@@ -362,20 +404,34 @@ class SimpleCell(_OneState):
             dtype: dtype to compute in, and of the outputs: here float32 unless told otherwise, as in flax; `None` takes
                 the common type of inputs and parameters.
             param_dtype: dtype of the parameters, and of the first carry.
+            carry_init: initializer of the first carry, unless `initialize_carry` is given one; `None` is zeros.
             residual: whether `h` is added before the activation.
             activation_fn: the activation: the name of an activation of nnx, or a function of an array.
             kernel_init: initializer of the kernel of the inputs.
             recurrent_kernel_init: initializer of the kernel of `h`; by default orthogonal.
             bias_init: initializer of the bias.
+            promote_dtype: the same option of the Linear layers.
             precision: precision of the products, see `jax.lax.Precision`.
             ctx: gives the keys, from its stream "params".
+            kernel_metadata: metadata of the kernel of the inputs.
+            recurrent_kernel_metadata: metadata of the kernel of `h`.
+            bias_metadata: metadata of the bias.
 
         Raises:
             ValueError: there is no activation of that name.
         """
-        self._set_options(in_features, hidden_features, dtype, param_dtype, activation_fn=activation_fn)
+        self._set_options(
+            in_features,
+            hidden_features,
+            dtype,
+            param_dtype,
+            carry_init,
+            promote_dtype,
+            activation_fn=activation_fn,
+        )
         self.residual = residual
-        self._set_layers(1, kernel_init, recurrent_kernel_init, bias_init, precision, ctx)
+        metadata = (kernel_metadata, recurrent_kernel_metadata, bias_metadata)
+        self._set_layers(1, kernel_init, recurrent_kernel_init, bias_init, precision, ctx, *metadata)
 
     def _step(self, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         of_inputs = self.dense_i(x)
