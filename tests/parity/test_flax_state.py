@@ -83,3 +83,41 @@ def test_into_an_abstract_model(inputs):
     assert all(
         jnp.shape(leaf) == want.shape for leaf, want in zip(*map(jax.tree.leaves, (converted, state)), strict=True)
     )
+
+
+def test_a_recurrent_model_both_ways():
+    class Theirs(flax_nnx.Module):
+        def __init__(self, rngs):
+            self.embed = flax_nnx.Embed(7, 4, rngs=rngs)
+            self.cells = flax_nnx.List([flax_nnx.RNN(flax_nnx.LSTMCell(4, 4, rngs=rngs)) for _ in range(2)])
+            self.gru = flax_nnx.RNN(flax_nnx.GRUCell(4, 3, rngs=rngs))
+            self.norm = flax_nnx.GroupNorm(3, num_groups=3, rngs=rngs)
+
+        def __call__(self, tokens):
+            x = self.embed(tokens)
+            for cell in self.cells:
+                x = cell(x)
+            return self.norm(self.gru(x))
+
+    class Ours(nnx.Module):
+        def __init__(self, *, ctx):
+            self.embed = nnx.Embed(7, 4, ctx=ctx)
+            self.cells = [nnx.RNN(nnx.LSTMCell(4, 4, ctx=ctx)) for _ in range(2)]
+            self.gru = nnx.RNN(nnx.GRUCell(4, 3, ctx=ctx))
+            self.norm = nnx.GroupNorm(3, num_groups=3, ctx=ctx)
+
+        def __call__(self, tokens):
+            x = self.embed(tokens)
+            for cell in self.cells:
+                x = cell(x)
+            return self.norm(self.gru(x))
+
+    tokens = jnp.array([[0, 6, 2, 3], [5, 1, 1, 4]])
+    definition, state = flax_nnx.split(Theirs(flax_nnx.Rngs(0)))
+    state = drawn(state, 0)
+    ours = Ours(ctx=nnx.context(1))
+    nnx.load_flax_state(ours, state)
+    np.testing.assert_allclose(ours(tokens), flax_nnx.merge(definition, state)(tokens), rtol=1e-4, atol=1e-5)
+    ours.update_state(ours.filter(nnx.Param).map(lambda path, value: value * 0.5))
+    back = flax_nnx.merge(definition, nnx.to_flax_state(ours, state))
+    np.testing.assert_allclose(back(tokens), ours(tokens), rtol=1e-4, atol=1e-5)

@@ -143,3 +143,111 @@ def test_a_model_from_its_files(tmp_path):
     half = theirs.to(torch.bfloat16).state_dict()
     nnx.load_torch_state_dict(ours, half, rename=rename, cast=True)
     np.testing.assert_array_equal(ours.head.kernel, half["head.weight"].float().numpy().T)
+
+
+class OurBlock(nnx.Module):
+    def __init__(self, width, *, ctx):
+        self.norm1, self.norm2 = (nnx.LayerNorm(width, epsilon=1e-5, ctx=ctx) for _ in range(2))
+        self.self_attn = nnx.MultiHeadAttention(2, width, ctx=ctx)
+        self.linear1, self.linear2 = nnx.Linear(width, 16, ctx=ctx), nnx.Linear(16, width, ctx=ctx)
+
+    def __call__(self, x):
+        x = x + self.self_attn(self.norm1(x), is_causal=True)
+        return x + self.linear2(nnx.relu(self.linear1(self.norm2(x))))
+
+
+def test_a_transformer_by_its_own_names():
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+            self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).layers
+            self.norm = nn.LayerNorm(8)
+            self.head = nn.Linear(8, 11, bias=False)
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.5)
+
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+            for layer in self.layers:
+                x = layer(x, src_mask=mask, is_causal=True)
+            return self.head(self.norm(x))
+
+    class Ours(nnx.Module):
+        def __init__(self, *, ctx):
+            self.embed = nnx.Embed(11, 8, ctx=ctx)
+            self.layers = [OurBlock(8, ctx=ctx) for _ in range(3)]
+            self.norm = nnx.LayerNorm(8, epsilon=1e-5, ctx=ctx)
+            self.head = nnx.Linear(8, 11, use_bias=False, ctx=ctx)
+
+        def __call__(self, tokens):
+            x = self.embed(tokens)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(self.norm(x))
+
+    tokens = np.random.default_rng(0).integers(0, 11, (2, 7))
+    agree(Ours(ctx=CTX), Theirs(), tokens, tolerance=1e-4)
+
+
+def test_a_recurrent_classifier():
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 6)
+            self.rnn = nn.LSTM(6, 5, batch_first=True, bidirectional=True)
+            self.head = nn.Linear(10, 3)
+
+        def forward(self, tokens):
+            return self.head(self.rnn(self.embed(tokens))[0].amax(1))
+
+    class Ours(nnx.Module):
+        def __init__(self, *, ctx):
+            self.embed = nnx.Embed(11, 6, ctx=ctx)
+            self.rnn = nnx.Bidirectional(*(nnx.RNN(nnx.LSTMCell(6, 5, ctx=ctx)) for _ in range(2)))
+            self.head = nnx.Linear(10, 3, ctx=ctx)
+
+        def __call__(self, tokens):
+            return self.head(self.rnn(self.embed(tokens)).max(1))
+
+    agree(Ours(ctx=CTX), Theirs(), np.random.default_rng(0).integers(0, 11, (4, 6)))
+
+
+def test_a_residual_net():
+    class TheirBlock(nn.Module):
+        def __init__(self, inputs, outputs, stride):
+            super().__init__()
+            self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+            self.bn1 = nn.BatchNorm2d(outputs)
+            self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+            self.bn2 = nn.BatchNorm2d(outputs)
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            return torch.relu(y + self.downsample(x))
+
+    class Block(nnx.Module):
+        def __init__(self, inputs, outputs, stride, *, ctx):
+            def conv(inputs, size, stride):
+                pads = [(size // 2, size // 2)] * 2  # SAME would pad the other side of a stride
+                return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=pads, use_bias=False, ctx=ctx)
+
+            def norm():
+                return nnx.BatchNorm(outputs, use_running_average=True, ctx=ctx)
+
+            self.conv1, self.bn1 = conv(inputs, 3, stride), norm()
+            self.conv2, self.bn2 = conv(outputs, 3, 1), norm()
+            self.downsample = nnx.Sequence([conv(inputs, 1, stride), norm()])
+
+        def __call__(self, x):
+            y = self.bn2(self.conv2(nnx.relu(self.bn1(self.conv1(x)))))
+            return nnx.relu(y + self.downsample(x))
+
+    theirs = nn.Sequential(TheirBlock(3, 4, 1), TheirBlock(4, 6, 2))
+    theirs(torch.from_numpy(drawn(8, 3, 8, 8)) + 1)  # the averages move
+    ours = nnx.Sequence([Block(3, 4, 1, ctx=CTX), Block(4, 6, 2, ctx=CTX)])
+    report = agree(ours, theirs, drawn(2, 8, 8, 3), first=True, tolerance=1e-4)
+    assert len(report.ignored) == 6  # num_batches_tracked
