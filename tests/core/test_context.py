@@ -51,9 +51,19 @@ def test_a_key_of_another_implementation_is_kept():
     assert key.dtype == jax.random.key(0, impl="rbg").dtype
 
 
+def test_a_seed_makes_a_key_of_the_kind_that_is_jax_default():
+    before = nnx.context(0).make_rng("params")
+    with jax.default_prng_impl("rbg"):
+        key = nnx.context(0).make_rng("params")
+        assert data(key) == _reference("params", 0, 0)
+    assert key.dtype == jax.random.key(0, impl="rbg").dtype != before.dtype
+
+
 def test_negative_and_large_seeds():
     assert draws(nnx.context(-1), "params", 1) != draws(nnx.context(0), "params", 1)
     assert draws(nnx.context(2**31), "params", 1) != draws(nnx.context(0), "params", 1)
+    for seed in (-1, 2**31 - 1, 2**31, 2**32 - 1):
+        assert draws(nnx.context(seed), "params", 1) == [_reference("params", seed, 0)]
 
 
 def test_a_traced_seed():

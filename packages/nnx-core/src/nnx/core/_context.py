@@ -38,6 +38,12 @@ def _fold_name(key: Any, code: Any) -> Any:
     return fold(key, code)
 
 
+# The kind of keys is an argument, since JAX's own default is none of what it compiles a function anew for.
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _seeded(seed: Any, code: Any, kind: str) -> Any:
+    return jax.random.fold_in(jax.random.key(seed, impl=kind), code)
+
+
 @functools.lru_cache(maxsize=1024)
 def _name_code(name: str) -> np.uint32:
     return np.uint32(zlib.crc32(name.encode()))  # `hash` differs from one process to the next
@@ -98,10 +104,13 @@ class RngStream(Cell):
         set_metadata(self, NO_METADATA)
         set_owned(self, False)
         set_trace(self, current_trace())
-        self._value = (_as_key(seed, name or "stream"), count)
-        self._nameless = True
-        if name is not None:
-            self.give_name(name)
+        self._nameless = name is None
+        if name is not None and type(seed) is int and 0 <= seed <= 0xFFFFFFFF:
+            # One compiled call: `jax.random.key` of a Python integer is several, each as dear as this.
+            self._value = (_seeded(np.uint32(seed), _name_code(name), jax.config.jax_default_prng_impl), count)
+            return
+        key = _as_key(seed, name or "stream")
+        self._value = (key if name is None else _named(key, name), count)
 
     def give_name(self, name: str) -> None:
         """Fold the name in, unless one is."""
