@@ -107,7 +107,8 @@ class RngStream(Cell):
         self._nameless = name is None
         if name is not None and type(seed) is int and 0 <= seed <= 0xFFFFFFFF:
             # One compiled call: `jax.random.key` of a Python integer is several, each as dear as this.
-            self._value = (_seeded(np.uint32(seed), _name_code(name), jax.config.jax_default_prng_impl), count)
+            kind = jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
+            self._value = (_seeded(np.uint32(seed), _name_code(name), kind), count)
             return
         key = _as_key(seed, name or "stream")
         self._value = (key if name is None else _named(key, name), count)
