@@ -81,6 +81,7 @@ def test_linear_regression(tmp_path, capsys):
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
     assert float(best[-1]) < losses[0] < 1.05 * float(best[-1])
     assert {words[-1] for words in styles} == {"60"}
+    assert int(nnx.load_safetensors(tmp_path / "model.safetensors")["calls"]) == 60
     assert picture(tmp_path)
 
 
@@ -143,6 +144,8 @@ def test_parameter_surgery(tmp_path, capsys):
     assert "the frozen parameters are as they were" in out
     assert "2,437 of 27,269 parameters trained, 4,876 numbers in the optimizer" in out
     assert float(out.partition("differ by at most ")[2].split()[0]) < 1e-3
+    arrays = nnx.load_safetensors(tmp_path / "backbone.safetensors")
+    assert sorted(arrays) == ["linear1/bias", "linear1/kernel", "linear2/bias", "linear2/kernel"]
     assert picture(tmp_path)
 
 

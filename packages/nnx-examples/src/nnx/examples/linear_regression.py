@@ -156,6 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     residual = np.asarray(y) - with_bias @ np.linalg.lstsq(with_bias, np.asarray(y), rcond=None)[0]
     best = float(np.mean(residual**2))
     print(f"{'by algebra':10}  loss {best:.6f}")
+    nnx.save_safetensors(options.out / "model.safetensors", model)
+    saved = Regression(x.shape[1], ctx=nnx.context(options.seed + 1))
+    nnx.load_safetensors(options.out / "model.safetensors", like=saved)
     figure = new_figure(9, 4)
     curves, fit = figure.subplots(1, 2)
     for width, (name, values) in zip((7, 5, 3, 1), losses.items(), strict=True):
@@ -163,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     curves.axhline(best, color="black", linestyle="--", linewidth=1, label="least squares")
     curves.set(xlabel="step", ylabel="mean squared error", title="four styles, one curve")
     curves.legend(frameon=False)
-    fit.scatter(y, model(x), s=8, alpha=0.6)
+    fit.scatter(y, saved(x), s=8, alpha=0.6)
     fit.plot([-2, 2.5], [-2, 2.5], color="black", linewidth=1)
     fit.set(xlabel="progression", ylabel="predicted", title=f"{len(x)} patients")
     save_figure(figure, options.out / "report.png")

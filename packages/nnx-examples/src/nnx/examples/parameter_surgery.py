@@ -1,7 +1,7 @@
 """A trained backbone, frozen, and a small part that learns: `python -m nnx.examples.parameter_surgery`.
 
-A network learns the digits 0 to 4. Then its head is exchanged, its layers get LoRA, and that alone learns the digits 5
-to 9: no gradient and no optimizer memory for the rest. At last the LoRA is merged into the layers, which changes
+A network learns the digits 0 to 4. Its backbone, read back from a file, gets a new head and LoRA, and these alone learn
+5 to 9: no gradient and no optimizer memory for the rest. At last the LoRA is merged into the layers, which changes
 nothing.
 """
 
@@ -112,7 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     optimizer = train(model, low, options.steps, options.seed)
     print(f"0 to 4: accuracy {accuracy(model, low_test):.4f}; {sizes(model, optimizer, nnx.Param)}")
 
-    model.head = nnx.Linear(128, 5, ctx=ctx)
+    # What a backbone that others have trained comes as: a file.
+    nnx.save_safetensors(options.out / "backbone.safetensors", model.backbone)
+    model = Classifier(Backbone(ctx=ctx), ctx=ctx)
+    nnx.load_safetensors(options.out / "backbone.safetensors", like=model.backbone)
     frozen = jax.tree.map(np.array, model.backbone.get_state())  # a copy: training donates the arrays themselves
     before = accuracy(model, high_test)
     replaced = nnx.apply_lora(model, nnx.PathGlob("backbone/*"), options.rank, ctx=ctx)
