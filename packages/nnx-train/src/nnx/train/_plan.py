@@ -155,7 +155,8 @@ def plan(sizes: Sizes, mesh: Mapping[str, int], rules: Mapping[str, Any]) -> Pla
     Communication counts rings: reducing over `n` chips sends `2 (n - 1) / n` of the bytes, gathering or scattering
     `(n - 1) / n`. Over an axis of the batch that a parameter is not split over, its gradient is reduced. One that it is
     split over gathers it twice and scatters its gradient. Over the axis of "mlp", each kernel whose sum is split gives
-    one reduction of its outputs, and one more in the gradient.
+    one reduction of its outputs, and one more in the gradient. That is the least that a step has to send: a compiler
+    that reduces where it could scatter, as XLA does on CPUs, sends more.
 
     Args:
         sizes: what `sizes_of` gives.
