@@ -361,3 +361,21 @@ def test_wrong_windows():
     for window in (-1, (1, 2, 3), (1, -1)):
         with pytest.raises(ValueError, match=r"a number of positions, or a pair \(before, after\), got"):
             nnx.dot_product_attention(q, q, q, local_window_size=window)
+
+
+def test_input_positions_need_something_that_takes_them(init):
+    layer = nnx.MultiHeadAttention(2, 4, kernel_init=init, ctx=nnx.context(0))
+    with pytest.raises(ValueError, match="MultiHeadAttention: `input_positions` are for rotary positions, which"):
+        layer(jnp.ones((1, 3, 4)), input_positions=jnp.arange(3))
+
+
+def test_an_attention_fn_gets_the_input_positions(init):
+    seen = []
+
+    def attend(query, key, value, *, input_positions, **options):
+        seen.append(input_positions)
+        return nnx.dot_product_attention(query, key, value, **options)
+
+    layer = nnx.MultiHeadAttention(2, 4, attention_fn=attend, kernel_init=init, ctx=nnx.context(0))
+    layer(jnp.ones((1, 3, 4)), input_positions=jnp.arange(3))
+    assert seen[0].tolist() == [0, 1, 2]

@@ -176,3 +176,42 @@ def test_a_model_built_twice_compiles_once():
 def test_ctx_must_be_a_context(ctx):
     with pytest.raises(nnx.ContextError, match=r"`ctx` is a Context, such as nnx.context\(0\), got"):
         nnx.Linear(2, 3, ctx=ctx)
+
+
+def test_a_map_for_each_index(rng, both):
+    layer = nnx.LinearGeneral((3, 4), (2, 5), axis=(3, -1), batch_axis={1: 6, 0: 2}, ctx=nnx.context(0), **both)
+    assert layer.kernel.shape == (2, 6, 3, 4, 2, 5)
+    assert layer.bias.shape == (2, 6, 2, 5)
+    x = rng.normal(size=(2, 6, 7, 3, 4)).astype(np.float32)
+    expected = np.einsum("abtij,abijop->abtop", x, np.asarray(layer.kernel)) + np.asarray(layer.bias)[:, :, None]
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_map_has_a_draw_of_its_own_whose_fans_are_those_of_one():
+    layer = nnx.LinearGeneral(64, 64, batch_axis={0: 8}, kernel_init=nnx.initializers.orthogonal(), ctx=nnx.context(0))
+    products = np.einsum("bio,bjo->bij", *[np.asarray(layer.kernel)] * 2)
+    np.testing.assert_allclose(products, np.broadcast_to(np.eye(64), products.shape), atol=1e-5)
+    assert not np.array_equal(layer.kernel[0], layer.kernel[1])
+    normal = nnx.LinearGeneral(64, 64, batch_axis={0: 8}, ctx=nnx.context(0)).kernel
+    np.testing.assert_allclose(np.var(normal), 1 / 64, rtol=0.05)
+
+
+def test_names_of_a_map_for_each_index():
+    init = nnx.with_metadata(nnx.initializers.zeros, sharding=("expert", "embed", "mlp"), tag=1)
+    layer = nnx.LinearGeneral(3, 4, batch_axis={0: 2}, kernel_init=init, ctx=nnx.context(0))
+    assert layer.get_variable("kernel").sharding == ("expert", "embed", "mlp")
+    assert layer.get_variable("kernel").metadata["tag"] == 1
+    assert layer.get_variable("bias").sharding == (None, "out")
+
+
+@pytest.mark.parametrize("axes", [{1: 2}, {-1: 2}, {0: 2, 2: 3}])
+def test_batch_axis_is_of_the_first_axes(axes):
+    with pytest.raises(ValueError, match=r"LinearGeneral: batch_axis gives the sizes of the first axes, .* got \{"):
+        nnx.LinearGeneral(3, 4, batch_axis=axes, ctx=nnx.context(0))
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(-1, (3, 5)), (-1, (3,)), (0, (3, 2)), (0, (2, 3))])
+def test_batch_axis_wrong_inputs(axis, shape):
+    layer = nnx.LinearGeneral(3, 4, axis=axis, batch_axis={0: 2}, ctx=nnx.context(0))
+    with pytest.raises(nnx.ShapeError, match="LinearGeneral: expected `inputs` with"):
+        layer(jnp.ones(shape))

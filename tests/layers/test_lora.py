@@ -253,3 +253,11 @@ def test_a_tied_kernel_is_not_merged(both):
     del model[0].kernel
     model[0].kernel = nnx.Param(value)
     assert nnx.lora_merge(model) == (("0",),)
+
+
+def test_layers_with_a_map_for_each_index_are_left_alone():
+    ctx = nnx.context(0)
+    model = nnx.Sequence([nnx.LinearGeneral(3, 3, batch_axis={0: 2}, ctx=ctx), nnx.LinearGeneral(3, 4, ctx=ctx)])
+    assert nnx.apply_lora(model, ..., 1, ctx=ctx) == (("1",),)
+    with pytest.raises(ValueError, match="LoRALinearGeneral: the map of low rank is one for all, so `batch_axis`"):
+        nnx.LoRALinearGeneral(3, 4, lora_rank=1, batch_axis={0: 2}, ctx=ctx)

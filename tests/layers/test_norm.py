@@ -323,3 +323,9 @@ def test_wrong_options():
         nnx.GroupNorm(6, 2, 3, ctx=ctx)
     with pytest.raises(ValueError, match="must contain the last axis"):
         nnx.GroupNorm(6, 2, reduction_axes=(1,), ctx=ctx)(jnp.ones((2, 3, 6)))
+
+
+def test_a_mean_square_has_no_fast_way(rng):
+    x, mask = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), jnp.asarray(rng.random((3, 4)) < 0.7)
+    fast, slow = (nnx.RMSNorm(4, use_fast_variance=fast, ctx=nnx.context(0)) for fast in (True, False))
+    np.testing.assert_array_equal(fast(x, mask), slow(x, mask=mask))

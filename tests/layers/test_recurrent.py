@@ -391,3 +391,22 @@ def test_rnn_refuses_wrong_shapes(make):
 
     with pytest.raises(nnx.ShapeError, match=r"RNN: a step of Grows must keep .* takes \(2,\) and gives \(4,\)"):
         nnx.RNN(Grows(1.0))(jnp.ones((STEPS, 3, 2)))
+
+
+@pytest.mark.parametrize("cell", [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
+def test_a_carry_init_of_the_constructor(cell, init):
+    made = cell(3, 4, carry_init=nnx.initializers.constant(2.0), kernel_init=init, ctx=nnx.context(0))
+    assert all((leaf == 2).all() for leaf in jax.tree.leaves(made.initialize_carry((5, 3))))
+    # What the call is given comes before it.
+    assert not any(leaf.any() for leaf in jax.tree.leaves(made.initialize_carry((5, 3), None, nnx.initializers.zeros)))
+
+
+def test_a_carry_init_that_draws_takes_the_stream_of_the_call(init):
+    cell = nnx.GRUCell(3, 4, carry_init=nnx.initializers.normal(), kernel_init=init, ctx=nnx.context(0))
+    x = jnp.ones((2, 1, 3))
+    rnn = nnx.RNN(cell)
+    first, same, other = (rnn(x, ctx=nnx.context(carry=seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    assert not np.array_equal(first, other)
+    with pytest.raises(nnx.ContextError, match="GRUCell: `carry_init` draws from the random stream 'carry'"):
+        rnn(x)

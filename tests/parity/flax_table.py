@@ -4,7 +4,15 @@ import functools
 
 import jax
 from flax import nnx as flax_nnx
-from tests.parity import flax_attention, flax_conv, flax_linear, flax_norm, flax_recurrent, flax_transposed
+from tests.parity import (
+    flax_attention,
+    flax_conv,
+    flax_linear,
+    flax_norm,
+    flax_options,
+    flax_recurrent,
+    flax_transposed,
+)
 from tests.parity.cases import Case
 
 FLAX: list[Case] = [
@@ -14,6 +22,7 @@ FLAX: list[Case] = [
     *flax_norm.CASES,
     *flax_attention.CASES,
     *flax_recurrent.CASES,
+    *flax_options.CASES,
 ]
 
 

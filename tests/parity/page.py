@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tests.parity.arguments import DIFFERENT
 from tests.parity.cases import NUMBERS, TOLERANCES, Case
 from tests.parity.drawn import DRAWN, EXAMPLES
 from tests.parity.sides import is_function
@@ -52,6 +53,14 @@ Decoding with a cache is compared with `nnx.MultiHeadAttention(decode=True)` of 
 ## In no comparison
 
 {excuses}
+
+## Arguments
+
+Names, order, kinds and defaults of all arguments, of constructors, of calls and of the other methods, are those of the
+newest flax.nnx, with `ctx` for `rngs`; what we have besides is optional and given by name. `tests/parity` holds them
+there, but for these:
+
+{arguments}
 """
 
 _FLAX_NAMES = {"RotaryEmbedding": "RoPE"}
@@ -73,8 +82,21 @@ def render() -> str:
         examples=EXAMPLES,
         tolerances=_table([("dtype", "largest difference"), *((k, f"{v:g}") for k, v in TOLERANCES.items())]),
         rows=_table([*rows, _totals(tables)]),
+        arguments=_table([("of", "argument", "why it differs"), *_arguments()]),
         excuses=_table([("", "why"), *((f"`{name}`", why) for name, why in sorted(IN_NO_TABLE.items()))]),
     )
+
+
+def _arguments() -> list[tuple[str, str, str]]:
+    """The arguments that differ from those of flax.nnx: a row for each reason and what it is the reason of."""
+    of_each: dict[tuple[str, str, str], list[str]] = {}
+    for (name, method, argument), why in DIFFERENT.items():
+        of_each.setdefault((name, method, why), []).append(f"`{argument}`" if argument else "the method itself")
+    rows: dict[tuple[str, str], list[str]] = {}
+    for (name, method, why), found in of_each.items():
+        where = f"`{name}`" if method == "__init__" else f"`{name}.{method}`"
+        rows.setdefault((", ".join(found), why), []).append(where)
+    return [(", ".join(names), found, why) for (found, why), names in rows.items()]
 
 
 def _order(name: str) -> tuple[bool, str]:

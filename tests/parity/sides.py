@@ -56,11 +56,11 @@ class Ours:
         return differentiate(call, dict(params), inputs)
 
 
-def _flax_attention(*, rotary: Any = None, **options: Any) -> Any:
+def _flax_attention(*args: Any, rotary: Any = None, **options: Any) -> Any:
     """Attention of flax, which has rotary positions as another function and wants to be told not to decode."""
     if rotary is not None:
         options["attention_fn"] = functools.partial(flax_nnx.dot_product_attention_with_rope, rope=rotary)
-    return flax_nnx.MultiHeadAttention(decode=False, **options)
+    return flax_nnx.MultiHeadAttention(*args, decode=False, **options)
 
 
 def _flax_rotary(rotary_dim: int, *, base: float = 10_000.0) -> Any:
