@@ -3,7 +3,7 @@
 Where an error is due, `type: ignore` with its code stands for it, and a missing error is one.
 """
 
-# mypy: warn-unused-ignores, disallow-any-generics, disallow-untyped-calls, disallow-untyped-decorators, strict-equality
+# mypy: warn-unused-ignores, warn-return-any, disallow-untyped-calls, disallow-untyped-decorators, strict-equality
 
 import dataclasses
 import functools
