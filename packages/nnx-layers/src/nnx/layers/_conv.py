@@ -27,6 +27,7 @@ from nnx.layers._common import (
 )
 from nnx.layers._dtypes import promote_dtype
 from nnx.layers._explicit import convolve
+from nnx.layers._grouped import Options, convolve_in_groups, has_copies
 from nnx.layers.initializers import Initializer
 
 __all__ = ["Conv"]
@@ -260,25 +261,45 @@ class Conv(ConvBase):
         layout = (0, rank + 1, *space)
         # Where batch axes were merged, the outputs are split once these are there again.
         at_once = out_sharding if len(batch) == 1 else None
-        y = convolve(
-            x,
-            kernel,
-            lax.ConvDimensionNumbers(layout, (rank + 1, rank, *range(rank)), layout),
-            self.feature_group_count,
-            self.conv_general_dilated,
-            at_once,
-            window_strides=self.strides,
-            padding=padding,
-            lhs_dilation=self.input_dilation,
-            rhs_dilation=self.kernel_dilation,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-        )
+        dimensions = lax.ConvDimensionNumbers(layout, (rank + 1, rank, *range(rank)), layout)
+        if self.feature_group_count > 1 and has_copies() and self.conv_general_dilated is lax.conv_general_dilated:
+            y = convolve_in_groups(x, kernel, self._options(x, padding, dimensions, at_once))
+        else:
+            y = convolve(
+                x,
+                kernel,
+                dimensions,
+                self.feature_group_count,
+                self.conv_general_dilated,
+                at_once,
+                window_strides=self.strides,
+                padding=padding,
+                lhs_dilation=self.input_dilation,
+                rhs_dilation=self.kernel_dilation,
+                precision=self.precision,
+                preferred_element_type=self.preferred_element_type,
+            )
         y = add_bias(y, bias)
         if len(batch) == 1:
             return y
         y = y.reshape(batch + y.shape[1:])
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+    def _options(self, x: jax.Array, padding: Any, dimensions: lax.ConvDimensionNumbers, out_sharding: Any) -> Options:
+        if isinstance(padding, str):
+            reach = [(size - 1) * gap + 1 for size, gap in zip(self.kernel_size, self.kernel_dilation, strict=True)]
+            padding = lax.padtype_to_pads(x.shape[1:-1], reach, self.strides, padding)
+        return Options(
+            self.strides,
+            tuple((int(low), int(high)) for low, high in padding),
+            self.input_dilation,
+            self.kernel_dilation,
+            dimensions,
+            self.feature_group_count,
+            self.precision,
+            self.preferred_element_type,
+            out_sharding,
+        )
 
     def _pad(self, x: jax.Array) -> tuple[jax.Array, Any]:
         """Pads `x` itself where `lax` has no name for the padding, and says what is left for `lax` to do."""

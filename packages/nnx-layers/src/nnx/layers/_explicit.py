@@ -123,6 +123,9 @@ def convolve(
         **options: the other arguments of `lax.conv_general_dilated`, by name.
     """
     options |= {"dimension_numbers": dimensions, "feature_group_count": groups}
+    if is_explicit(x) and sum(size > 1 for size in jax.typeof(x).sharding.mesh.shape.values()) > 1:
+        # XLA adds up the kernel's gradient over all devices where space is split, over those with copies too.
+        x = _moved(x, [entry if axis in dimensions.lhs_spec[:2] else None for axis, entry in enumerate(spec_of(x))])
     if is_explicit(x) or is_explicit(kernel):
         plain = functools.partial(lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options)
         found = jax.eval_shape(plain, *map(_unsplit, (x, kernel))).shape
