@@ -2,11 +2,11 @@
 
 import jax
 import pytest
-from tests.moving import equinox_rows, flax_rows, torch_rows
+from tests.moving import equinox_rows, flax_rows, flax_transform_rows, torch_rows
 from tests.moving.rows import PAGE, assert_same, missing, tables
 
 TABLES = tables(PAGE.read_text(encoding="utf-8"))
-ROWS = {"flax.nnx": flax_rows.ROWS, "equinox": equinox_rows.ROWS, "PyTorch": torch_rows.ROWS}
+ROWS = {"flax.nnx": flax_rows.ROWS + flax_transform_rows.ROWS, "equinox": equinox_rows.ROWS, "PyTorch": torch_rows.ROWS}
 EACH = [pytest.param(peer, row, id=f"{peer}-{row.__name__}") for peer, rows in ROWS.items() for row in rows]
 
 
