@@ -25,6 +25,14 @@ TITLES = {
     "loop": "fit against a loop by hand",
     "decode": "Decoding with a cache of keys and values",
 }
+NOTES = {
+    "layers": (
+        "The reference is flax's layer; operations, FLOPs and bytes are those of the compiled HLO. What our RNN leaves",
+        "out past the end of a sequence, flax's computes with: there inputs and outputs are masked by hand, for equal",
+        "results.",
+    ),
+}
+"""What must be known to read a table."""
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -77,6 +85,7 @@ def markdown(results: Sequence[Result]) -> str:
             "",
             f"## {TITLES[benchmark]}",
             "",
+            *((*NOTES[benchmark], "") if benchmark in NOTES else ()),
             *_table([result for result in results if result.benchmark == benchmark]),
         ]
     return "\n".join(lines) + "\n"
