@@ -17,6 +17,7 @@ from benchmarks import (
     layers,
     loop,
     memory,
+    sharded,
     trace,
     train_step,
 )
@@ -36,6 +37,7 @@ BENCHMARKS = {
         import_time,
         layers,
         decode,
+        sharded,
         checkpoint,
         loop,
     )

@@ -24,6 +24,7 @@ TITLES = {
     "checkpoint": "Checkpoints, against orbax alone",
     "loop": "fit against a loop by hand",
     "decode": "Decoding with a cache of keys and values",
+    "sharded": "A call of a compiled function, with a model split over eight devices",
 }
 NOTES = {
     "layers": (
@@ -161,17 +162,21 @@ EXCERPT = {
     "lifted, MLP 24x32, not donated": "24 layers of 32",
     "lifted, MLP 24x256, not donated": "24 layers of 256",
     "lifted, MLP 24x32, donated": "24 layers of 32, donated",
+    "read, 48 blocks on 8 devices": "a call that reads 192 arrays, each split over 8 devices",
+    "update, 48 blocks on 8 devices": "a call that writes them",
 }
-"""What the README shows, and what it calls it."""
+"""What the README shows of what was measured, and what it calls it."""
 
 
 def excerpt(content: Mapping[str, Any]) -> str:
     """The table of the README, of what `write` has written to `results.json`."""
-    results = [row for row in content["results"] if row["benchmark"] in ("dispatch", "train_step")]
+    results = [row for row in content["results"] if row["benchmark"] in ("dispatch", "train_step", "sharded")]
     libraries = [name for name in dict.fromkeys(row["library"] for row in results) if name != RAW]
     lines = ["| time over raw `jax.jit` | " + " | ".join(libraries) + " |", "| --- |" + " --- |" * len(libraries)]
     for case, title in EXCERPT.items():
         ratios = {row["library"]: row["ratio"]["median"] for row in results if row["case"] == case}
+        if not ratios:
+            continue
         cells = [_short(ratios[name]) if name in ratios else "" for name in libraries]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,92 +1,91 @@
-"""What nnx.jit costs beside jax.jit where arrays lie on eight devices: `python -m benchmarks.sharded`.
+"""What a call costs where arrays lie on eight devices: the reads and updates of `dispatch`, on a model split by FSDP.
 
-Both sides run the same update of the same arrays, in turn, in one process. On a CPU,
-`XLA_FLAGS=--xla_force_host_platform_device_count=8` makes the devices.
+The devices are forced ones of the CPU, which only a process of its own can have.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nnx
+from benchmarks._measure import Options, Side, Spread, alternate
+from benchmarks._models import Blocks
+from benchmarks._results import OURS, RAW, Result, results_of
 
-ROUNDS, CALLS = 15, 20
-
-
-class Net(nnx.Module):
-    """`layers` Linear layers of two arrays each."""
-
-    def __init__(self, layers: int, *, ctx: nnx.Context) -> None:
-        self.layers = [nnx.Linear(16, 16, ctx=ctx) for _ in range(layers)]
+DEVICES = 8
+SIZES = (12, 48, 192)
+"""Blocks, of four arrays each."""
 
 
-@nnx.jit
-def nnx_read(model: Net, x: jax.Array) -> jax.Array:
-    """Use the first kernel."""
-    return model.layers[0].kernel.sum() + x
+def measure(options: Options) -> Iterator[Result]:
+    """Read and update, by number of blocks."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    program = [sys.executable, "-m", "benchmarks.sharded", json.dumps(options._asdict())]
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    output = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
+    for line in output.splitlines():
+        row = json.loads(line)
+        yield Result(**{**row, "ratio": Spread(*row["ratio"])})
 
 
-@nnx.jit
-def nnx_update(model: Net, x: jax.Array) -> None:
-    """Change every array."""
-    model.update_state(jax.tree.map(lambda leaf: leaf + x, model.partition()[0]))
+def measure_here(options: Options) -> Iterator[Result]:
+    """The same in this process, which has the devices."""
+    mesh = jax.make_mesh((DEVICES,), ("fsdp",), axis_types=(AxisType.Auto,))
+    rules = nnx.sharding_rules("fsdp", mesh)
+    x = jax.device_put(jnp.ones((2, 8)), NamedSharding(mesh, PartitionSpec()))
+    for blocks in SIZES:
+        model = Blocks(blocks, ctx=nnx.context(0))
+        # Not born in shards, which would compile one function of a thousand random draws.
+        state = model.partition()[0]
+        model.update_state(jax.device_put(state, nnx.get_named_sharding(state, mesh, rules)))
+        for kind, sides in (("read", _read_sides(model, x)), ("update", _update_sides(model, x))):
+            timings = alternate(sides, rounds=options.rounds, round_seconds=options.round_seconds)
+            yield from results_of("sharded", f"{kind}, {blocks} blocks on {DEVICES} devices", timings)
 
 
-@jax.jit
-def jax_read(arrays: list[jax.Array], x: jax.Array) -> jax.Array:
-    """Use one array."""
-    return arrays[0].sum() + x
+def _read_sides(model: Blocks, x: jax.Array) -> dict[str, Side]:
+    leaves = jax.tree.leaves(model.partition()[0])
+
+    def read(model: object, x: jax.Array) -> jax.Array:
+        return x + 1
+
+    raw, ours = jax.jit(read), nnx.jit(read)
+    return {RAW: lambda: raw(leaves, x), OURS: lambda: ours(model, x)}
 
 
-@jax.jit
-def jax_update(arrays: list[jax.Array], x: jax.Array) -> list[jax.Array]:
-    """Change every array."""
-    return [array + x for array in arrays]
+def _update_sides(model: Blocks, x: jax.Array) -> dict[str, Side]:
+    leaves = [jnp.copy(leaf) for leaf in jax.tree.leaves(model.partition()[0])]
 
+    @jax.jit
+    def raw(leaves: list[jax.Array], x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        return [leaf + 1 for leaf in leaves], x + 1
 
-def measure(layers: int, devices: int) -> tuple[float, float]:
-    """The ratios of a read and of an update, nnx over jax: medians over rounds."""
-    mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    model = nnx.sharded_init(lambda: Net(layers, ctx=nnx.context(0)), mesh, nnx.sharding_rules("fsdp"))
-    arrays = list(model.partition()[0].raw_values)
-    x = jax.device_put(jnp.float32(1), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    @nnx.jit
+    def ours(model: Blocks, x: jax.Array) -> jax.Array:
+        for block in model.blocks:
+            block.linear.kernel = block.linear.kernel + 1
+            block.linear.bias = block.linear.bias + 1
+            block.norm.scale = block.norm.scale + 1
+            block.norm.bias = block.norm.bias + 1
+        return x + 1
 
-    def plain_update() -> None:
-        arrays[:] = jax_update(arrays, x)
+    def raw_side() -> jax.Array:
+        nonlocal leaves
+        leaves, out = raw(leaves, x)
+        return out
 
-    pairs = (
-        (lambda: nnx_read(model, x), lambda: jax_read(arrays, x)),
-        (lambda: nnx_update(model, x), plain_update),
-    )
-    ratios = []
-    for mine, plain in pairs:
-        rounds = []
-        for _ in range(ROUNDS + 2):
-            times = []
-            for call in (mine, plain):
-                start = time.perf_counter()
-                for _ in range(CALLS):
-                    call()
-                jax.block_until_ready((arrays, model.partition()[0].raw_values))
-                times.append(time.perf_counter() - start)
-            rounds.append(times[0] / times[1])
-        ratios.append(statistics.median(rounds[2:]))
-    return ratios[0], ratios[1]
-
-
-def main() -> None:
-    """Measure and print."""
-    print("| arrays | devices | read | update |\n| --- | --- | --- | --- |")
-    for devices in (1, len(jax.devices())):
-        for layers in (12, 96):
-            read, update = measure(layers, devices)
-            print(f"| {2 * layers} | {devices} | {read:.2f} | {update:.2f} |")
+    return {RAW: raw_side, OURS: lambda: ours(model, x)}
 
 
 if __name__ == "__main__":
-    main()
+    for result in measure_here(Options(**json.loads(sys.argv[1]))):
+        sys.stdout.write(json.dumps(result._asdict()) + "\n")
+        sys.stdout.flush()
