@@ -49,6 +49,14 @@ assert_type(net.average, jax.Array)
 net("x")  # type: ignore[arg-type]
 
 
+# Transforms as Modules: what makes one takes the arguments of the Module inside.
+assert_type(nnx.Stack(nnx.Linear, 3)(4, 4, ctx=nnx.context(0)), nnx.Stack)
+assert_type(nnx.Remat(nnx.Linear)(4, 4, ctx=nnx.context(0)), nnx.Remat)
+assert_type(nnx.Scan(nnx.Linear, length=3)(4, 4, ctx=nnx.context(0)), nnx.Scan)
+nnx.Stack(nnx.Linear, 3)(4, ctx=nnx.context(0))  # type: ignore[call-arg]
+nnx.Stack(nnx.Linear)  # type: ignore[call-arg]
+
+
 # Methods under jit in any class: the instance is an argument like any other, or a static one.
 class Trainer:
     def __init__(self, rate: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, ParamSpec, Self
 
 import jax
 
@@ -19,6 +19,8 @@ from nnx.core.transforms._remat import remat as lifted_remat
 from nnx.core.transforms._scan import Carry, scan
 
 __all__ = ["Remat", "Scan", "Stack"]
+
+P = ParamSpec("P")
 
 
 class _Builder:
@@ -81,14 +83,14 @@ class Stack(Module):
     remat: Any
     unroll: int | bool
 
-    def __new__(
+    def __new__(  # type: ignore[misc]  # what it gives makes an instance
         cls,
-        constructor: Callable[..., Any],
+        constructor: Callable[P, Any],
         n: int,
         *,
         remat: bool | Callable[..., bool] = False,
         unroll: int | bool = 1,
-    ) -> Self:
+    ) -> Callable[P, Self]:
         """Return what is called with the constructor's arguments to make the Stack."""
         _check_constructor("Stack", constructor)
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
@@ -214,9 +216,9 @@ class Scan(Module):
     unroll: int | bool
     variables: Any
 
-    def __new__(
+    def __new__(  # type: ignore[misc]  # what it gives makes an instance
         cls,
-        constructor: Callable[..., Any],
+        constructor: Callable[P, Any],
         *,
         length: int,
         variable_axes: Mapping[Any, int | None] | None = None,
@@ -228,7 +230,7 @@ class Scan(Module):
         reverse: bool = False,
         unroll: int | bool = 1,
         metadata_params: Mapping[str, Any] | None = None,
-    ) -> Self:
+    ) -> Callable[P, Self]:
         """Return what is called with the constructor's arguments to make the Scan."""
         _check_constructor("Scan", constructor)
         variables: dict[str, Any] = {
@@ -323,14 +325,14 @@ class Remat(Module):
     prevent_cse: bool
     static_argnums: Any
 
-    def __new__(
+    def __new__(  # type: ignore[misc]  # what it gives makes an instance
         cls,
-        constructor: Callable[..., Any],
+        constructor: Callable[P, Any],
         *,
         policy: Callable[..., bool] | None = None,
         prevent_cse: bool = True,
         static_argnums: int | tuple[int, ...] = (),
-    ) -> Self:
+    ) -> Callable[P, Self]:
         """Return what is called with the constructor's arguments to make the Remat."""
         _check_constructor("Remat", constructor)
 
