@@ -215,6 +215,42 @@ def test_padding_is_ignored_whatever_it_holds(name, options, make, normal):
     assert np.all(np.asarray(of_x)[~real] == 0)
 
 
+def test_padding_is_ignored_where_nobody_asks_for_the_carry(make, normal):
+    """The loop then runs on, over zeros, if the cell stays bounded."""
+    cell, x = make("GRUCell"), normal(BATCH, STEPS, IN)
+    padded = jnp.where((np.arange(STEPS) < LENGTHS[:, None])[..., None], x, jnp.nan)
+
+    def run(layer, x):
+        y = layer(x, seq_lengths=jnp.asarray(LENGTHS))
+        return jnp.square(y).sum(), y
+
+    (_, y), gradients = nnx.value_and_grad(run, argnums=(0, 1), has_aux=True)(nnx.RNN(cell), padded)
+    _, expected = nnx.RNN(cell)(padded, seq_lengths=jnp.asarray(LENGTHS), return_carry=True)
+    np.testing.assert_array_equal(y, expected)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_cell_that_grows_without_bound_does_not_do_so_in_the_padding():
+    cell = nnx.SimpleCell(
+        1,
+        1,
+        activation_fn="relu",
+        kernel_init=nnx.initializers.ones,
+        recurrent_kernel_init=nnx.initializers.constant(100.0),
+        ctx=nnx.context(0),
+    )
+    assert not cell.is_bounded
+    assert not nnx.GRUCell(1, 1, activation_fn=jnp.sin, ctx=nnx.context(0)).is_bounded
+    assert nnx.LSTMCell(1, 1, ctx=nnx.context(0)).is_bounded
+
+    def run(layer, x):
+        return layer(x, seq_lengths=jnp.array([2])).sum()
+
+    # 100 ** 39 is past the largest float32.
+    gradient = nnx.grad(run)(nnx.RNN(cell), jnp.ones((1, 40, 1)))
+    np.testing.assert_allclose(gradient["cell", "dense_h", "kernel"].value, [[1.0]])
+
+
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
 def test_carry_goes_in_and_out(name, make, normal):
     layer, x = nnx.RNN(make(name), return_carry=True), normal(BATCH, STEPS, IN)

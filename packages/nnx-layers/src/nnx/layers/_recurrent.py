@@ -125,8 +125,9 @@ class RNN(Module):
             batch = range(1, x.ndim - features)
             carry = jax.tree.map(lambda leaf: lead(leaf, x, batch), cell.initialize_carry(x.shape[1:], ctx))
         state, definition = cell.partition()
-        # The carry need not stay what it was at the end if nothing comes after it that is kept.
-        keep = valid if return_carry or reverse else None
+        # Nobody sees what the carry becomes past the end, unless it is asked for, or more steps of the sequence follow.
+        # It must not overflow there: where outputs are masked, gradients would be 0 times infinity.
+        keep = valid if return_carry or reverse or not getattr(cell, "is_bounded", False) else None
         carry, outputs = _scan(definition, state, carry, x, keep, reverse, self.unroll)
         if valid is not None and keep is None:
             outputs = jax.tree.map(lambda y: _where(valid, y, 0), outputs)

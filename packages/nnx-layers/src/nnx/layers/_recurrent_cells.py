@@ -64,6 +64,14 @@ class RNNCellBase(Module):
         """The number of last axes of the inputs that are features: the time axis comes before them."""
         return 1
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the carry stays finite over any number of steps with inputs of zeros, whatever the weights.
+
+        RNN then lets sequences that have ended run on if nobody asks for the carry, which is cheaper than to hold it.
+        """
+        return False
+
     def initialize_carry(
         self, input_shape: Sequence[int], ctx: Context | None = None, carry_init: Initializer | None = None
     ) -> Carry:
@@ -99,6 +107,10 @@ class RNNCellBase(Module):
         raise NotImplementedError(f"{type(self).__name__} has no `__call__`, which every cell must have")
 
 
+_GATES = ("sigmoid", "hard_sigmoid")
+_BOUNDED = ("tanh", "hard_tanh", "soft_sign")
+
+
 class Cell(Layer, RNNCellBase):
     """What our cells share: their options, their projections, and carries of [*batch, hidden_features].
 
@@ -109,6 +121,12 @@ class Cell(Layer, RNNCellBase):
     param_dtype: DTypeLike
     dtype: DTypeLike | None
     carry_init: Initializer | None = None
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the carry stays finite over any number of steps: gates up to 1 mix or add what is itself bounded."""
+        options = vars(self)
+        return options.get("gate_fn", "sigmoid") in _GATES and options["activation_fn"] in (*_GATES, *_BOUNDED)
 
     def _set_options(
         self,
