@@ -212,25 +212,31 @@ def project(
     dot_general: Callable[..., Any] = lax.dot_general,
 ) -> jax.Array:
     """Contract `axes` of `x` (the last by default) with the first axes of `kernel`, behind `batch` axes of both."""
-    given = {"precision": precision, "preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
-    axes = (x.ndim - 1,) if axes is None else axes
+    options: dict[str, Any] = {}
+    if batch:
+        options["batch"] = batch
+    if preferred_element_type is not None:
+        options["preferred_element_type"] = preferred_element_type
+    if out_sharding is not None:
+        options["out_sharding"] = out_sharding
     if dot_general is lax.dot_general:
-        return _project(x, kernel, axes, batch, **given)
+        return _project(x, kernel, axes=axes, precision=precision, **options)
     # Traced each time, and not kept: it may hold state, such as scales that it learns.
-    return _contract(x, kernel, axes, batch, dot_general, **given)
+    return _contract(x, kernel, axes=axes, precision=precision, dot_general=dot_general, **options)
 
 
 def _contract(
     x: jax.Array,
     kernel: jax.Array,
-    axes: tuple[int, ...],
-    batch: int = 0,
-    dot_general: Callable[..., Any] = lax.dot_general,
     *,
+    axes: tuple[int, ...] | None,
     precision: Any,
-    preferred_element_type: DTypeLike | None,
-    out_sharding: Any,
+    batch: int = 0,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
+    dot_general: Callable[..., Any] = lax.dot_general,
 ) -> jax.Array:
+    axes = (x.ndim - 1,) if axes is None else axes
     if is_explicit(x) or is_explicit(kernel):
         kernel, known = product(x, kernel, axes, batch)
         out_sharding = known if out_sharding is None else out_sharding
