@@ -36,6 +36,29 @@ def test_lower_by_keyword_and_with_statics():
     assert float(compiled(model=Leaf(5.0))) == 15.0
 
 
+def test_lower_of_a_method_whose_instance_is_static():
+    class Trainer:
+        rate = 3.0
+
+        @nnx.jit(static_argnums=0)
+        def step(self, model, x, *, scale=1.0):
+            model.w += 1
+            return model.w * x * scale * self.rate
+
+        @classmethod
+        @nnx.jit(static_argnums=0)
+        def of_class(cls, model):
+            return model.w * cls.rate
+
+    trainer, leaf = Trainer(), Leaf(1.0)
+    assert float(trainer.step(leaf, 2.0, scale=0.5)) == 6.0
+    compiled = trainer.step.lower(leaf, 2.0).compile()
+    assert float(compiled(leaf, 2.0)) == 18.0
+    assert float(trainer.step.trace(leaf, 2.0).lower().compile()(leaf, 2.0)) == 24.0
+    assert leaf.w == 4.0
+    assert float(Trainer.of_class(leaf)) == float(trainer.of_class(leaf)) == 12.0
+
+
 def test_lower_of_methods_and_modules():
     leaf = Leaf(2.0)
     assert float(leaf.compiled.lower(1.0).compile()(1.0)) == 3.0

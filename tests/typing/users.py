@@ -178,7 +178,7 @@ assert_type(nnx.jit(lambda model, x: model(x))(net, x), Any)
 
 
 class Losses:
-    @nnx.value_and_grad(wrt=nnx.PathGlob("heads/**"))
+    @nnx.value_and_grad(argnums=1, wrt=nnx.PathGlob("heads/**"))
     def loss(self, model: Net, x: jax.Array) -> jax.Array:
         return model(x).sum()
 

@@ -399,11 +399,11 @@ class BoundJit(Generic[P, R]):
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """See `JitWrapped.lower`."""
-        return Lowered(self.__wrapped__, *self.__wrapped__._staged("lower", self._full(args), kwargs), (self.__self__,))
+        return Lowered(self.__wrapped__, *self.__wrapped__._staged("lower", self._full(args), kwargs), self._given())
 
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> Traced:
         """See `JitWrapped.trace`."""
-        return Traced(self.__wrapped__, *self.__wrapped__._staged("trace", self._full(args), kwargs), (self.__self__,))
+        return Traced(self.__wrapped__, *self.__wrapped__._staged("trace", self._full(args), kwargs), self._given())
 
     def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """See `JitWrapped.eval_shape`."""
@@ -411,6 +411,10 @@ class BoundJit(Generic[P, R]):
 
     def _full(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.__self__, *args)
+
+    def _given(self) -> tuple[Any, ...]:
+        """What a function compiled ahead of time is given of the instance: nothing, if that is a static argument."""
+        return () if 0 in self.__wrapped__._static else (self.__self__,)
 
     def clear_cache(self) -> None:
         """Forget every compiled version, for all instances."""
