@@ -25,6 +25,13 @@ LAYERS = {
     ),
     "group_norm": (lambda ctx: nnx.GroupNorm(16, num_groups=4, ctx=ctx), (8, 6, 16), BATCH, BATCH),
     "weight_norm": (lambda ctx: nnx.WeightNorm(nnx.Linear(16, 8, ctx=ctx), ctx=ctx), (8, 6, 16), BATCH, None),
+    "spectral_norm": (lambda ctx: nnx.SpectralNorm(nnx.Linear(16, 8, ctx=ctx), ctx=ctx), (8, 6, 16), BATCH, None),
+    "spectral_norm of conv": (
+        lambda ctx: nnx.SpectralNorm(nnx.Conv(8, 16, (3,), ctx=ctx), error_on_non_matrix=False, ctx=ctx),
+        (8, 6, 8),
+        BATCH,
+        None,
+    ),
     "lora": (lambda ctx: nnx.LoRALinear(16, 8, lora_rank=2, ctx=ctx), (8, 6, 16), BATCH, (*BATCH, None, "tensor")),
     "conv": (lambda ctx: nnx.Conv(8, 16, (3,), ctx=ctx), (8, 6, 8), BATCH, (*BATCH, None, "tensor")),
     # What is split over the mesh axis of the outputs takes it away from them, and is summed over.

@@ -24,10 +24,12 @@ __all__ = [
     "convolve",
     "fit_weights",
     "is_explicit",
+    "last",
     "lead",
     "like",
     "product",
     "reordered",
+    "row_product",
     "rows",
     "spec_of",
     "whole",
@@ -190,6 +192,20 @@ def lead(x: jax.Array, other: jax.Array, axes: Sequence[int]) -> jax.Array:
 def whole(weights: jax.Array) -> jax.Array:
     """Weights that are split over nothing."""
     return _moved(weights, (None,) * weights.ndim) if is_explicit(weights) else weights
+
+
+def last(x: jax.Array) -> jax.Array:
+    """`x` split along its last axis alone, if it has more than two: so the others may be merged."""
+    return _moved(x, [*[None] * (x.ndim - 1), spec_of(x)[-1]]) if is_explicit(x) and x.ndim > 2 else x
+
+
+def row_product(row: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`row @ matrix`, where the matrix stays and the row, [1, n], goes to it."""
+    if not is_explicit(matrix):
+        return row @ matrix
+    inputs, outputs = spec_of(matrix)
+    dimensions = (((1,), (0,)), ((), ()))
+    return lax.dot_general(_moved(row, (None, inputs)), matrix, dimensions, out_sharding=PartitionSpec(None, outputs))
 
 
 def rows(table: jax.Array, indices: jax.Array, out_sharding: Any = None) -> jax.Array:

@@ -15,6 +15,7 @@ from nnx.core import All, BatchStat, Context, Module, Param, PathGlob, Sequence,
 from nnx.layers import initializers
 from nnx.layers._common import Axes, as_tuple, as_value, make_param, normalize_axes
 from nnx.layers._dtypes import canonicalize_dtype, statistics_dtype
+from nnx.layers._explicit import last, like, row_product
 from nnx.layers.initializers import Initializer
 
 __all__ = ["SpectralNorm", "WeightNorm"]
@@ -100,7 +101,7 @@ def _largest(matrix: Any, v: Any, u: Any, sigma: jax.Array) -> jax.Array:  # noq
 @_largest.defjvp
 def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     _, v, u, sigma = primals
-    return sigma, (v @ tangents[0] @ u.T)[0, 0]
+    return sigma, row_product(row_product(v, tangents[0]), u.T)[0, 0]
 
 
 class WeightNorm(_WeightNorm):
@@ -300,13 +301,13 @@ class SpectralNorm(_WeightNorm):
     def _normalized(self, path: Path, param: jax.Array, *, update: bool) -> jax.Array:
         stats = _at(self.batch_stats, path)
         work = statistics_dtype(param.dtype)
-        matrix = param.astype(work).reshape(-1, param.shape[-1])
+        matrix = last(param.astype(work)).reshape(-1, param.shape[-1])
         fixed = lax.stop_gradient(matrix)
         u = v = before = stats.u.astype(work)
         square = inverse = jnp.ones((), work)
         for _ in range(self.n_steps):
-            v = _unit(u @ fixed.T, None, self.epsilon)
-            u = v @ fixed
+            v = _unit(row_product(u, fixed.T), None, self.epsilon)
+            u = row_product(v, fixed)
             square = jnp.sum(u * u)
             inverse = lax.rsqrt(square + self.epsilon)
             u = u * inverse
@@ -314,10 +315,10 @@ class SpectralNorm(_WeightNorm):
         known = sigma > 0
         if update:
             # A matrix of zeros has no direction: the next one would start from `u = 0` and never leave it.
-            stats.u = jnp.where(known, u, before).astype(stats.u.dtype)
+            stats.u = jnp.where(known, like(u, before), before).astype(stats.u.dtype)
             stats.sigma = lax.stop_gradient(sigma).astype(stats.sigma.dtype)
         scaled = matrix / jnp.where(known, sigma, 1)
-        return scaled.reshape(param.shape).astype(canonicalize_dtype(param, dtype=self.dtype))
+        return like(scaled.reshape(param.shape), param).astype(canonicalize_dtype(param, dtype=self.dtype))
 
     def __call__(self, x: Any, update_stats: bool | None = None, *, ctx: Context | None = None, **kwargs: Any) -> Any:
         """Calls the layer with its weights normalised.
