@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -176,3 +177,5 @@ def test_transformer_sharded(tmp_path, capsys):
         with pytest.raises(SystemExit):
             transformer_sharded.main(["--mesh", mesh])
         assert message in capsys.readouterr().err
+    with pytest.raises(nnx.ShardingError, match="a batch of 16 sequences does not divide over 3 devices"):
+        transformer_sharded.run(jax.sharding.AbstractMesh((3,), ("data",)), "data_parallel")

@@ -68,6 +68,7 @@ def digest(value):
 
 def fails(checkpointer, number, value):
     """What is raised where process 1 may write no file."""
+    checkpointer.wait()  # for what is saved before
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if jax.process_index() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))

@@ -1,9 +1,12 @@
 """Several processes over loopback: they train as one, save together, and go on as another number of processes."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +80,19 @@ def test_a_run_that_was_killed_goes_on_with_another_number_of_processes(tmp_path
     assert list(last["losses"]) == ["9"]
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_of_the_processes_ends_fit_in_all(tmp_path):
+    command = [sys.executable, "-W", "error", str(Path(__file__).with_name("fit_program.py")), str(tmp_path)]
+    assert launch(command, 2, timeout=200) == 0
+    for process in range(2):
+        found = json.loads((tmp_path / f"{process}.json").read_text())
+        assert found == {"step": 4, "signal": signal.SIGTERM, "loss": 28.0}
+    assert committed(tmp_path / "saved") == [4]
+    # The first one alone has logged, each step once.
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", "2", "4"]
+
+
 def test_the_launcher_numbers_the_processes_and_their_lines(capfd):
     code = "import os; print(os.environ['NNX_PROCESS_ID'], os.environ['NNX_NUM_PROCESSES'], os.environ['XLA_FLAGS'])"
     assert main(["-n", "2", "-d", "3", "--", "-c", code]) == 0
@@ -85,12 +101,27 @@ def test_the_launcher_numbers_the_processes_and_their_lines(capfd):
     assert all(line.endswith("--xla_force_host_platform_device_count=3") for line in lines)
 
 
-def test_the_launcher_ends_the_others_when_one_fails():
+def test_the_launcher_ends_the_others_when_one_fails(capsys):
     code = "import os, sys, time; os.environ['NNX_PROCESS_ID'] == '1' and sys.exit(7); time.sleep(60)"
     start = time.monotonic()
     assert launch([sys.executable, "-c", code], 2) == 7
+    assert "process 1 ended with exit code 7; the other is ended" in capsys.readouterr().err
     assert launch([sys.executable, "-c", "import time; time.sleep(60)"], 2, timeout=0.5) == 124
+    assert "the timeout of 0.5 s is over; still running: 0, 1" in capsys.readouterr().err
     assert time.monotonic() - start < 40
+
+
+def test_a_launcher_that_is_ended_leaves_nothing_running(tmp_path):
+    code = f"import os, time; open(f'{tmp_path}/{{os.getpid()}}', 'w').close(); time.sleep(60)"
+    command = [sys.executable, "-m", "nnx.train.launch", "-n", "2", "--", "-c", code]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.05)
+    launcher.terminate()
+    assert launcher.wait(30) == 128 + signal.SIGTERM
+    for file in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.name), 0)
 
 
 def test_the_launcher_says_what_it_lacks(capsys):
@@ -99,3 +130,6 @@ def test_the_launcher_says_what_it_lacks(capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "give the program to run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["-n", "0", "--", "x.py"])
+    assert "processes and devices are at least 1, got 0 and 1" in capsys.readouterr().err

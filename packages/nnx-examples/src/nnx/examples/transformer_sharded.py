@@ -140,10 +140,16 @@ def make_mesh(sizes: dict[str, int], axes: str = "auto") -> Mesh:
         axes: "auto" or "explicit".
 
     Raises:
-        ValueError: there are too few devices.
+        ValueError: there are too few devices, or several processes have more.
     """
     need, have = math.prod(sizes.values()), len(jax.devices())
-    if need > have or (need < have and jax.process_count() > 1):
+    processes = jax.process_count()
+    if processes > 1 and need != have:
+        raise ValueError(
+            f"the mesh {sizes} takes {need} devices, and has to take all {have} that {processes} processes have; "
+            "-n and -d of nnx.train.launch say how many those are"
+        )
+    if need > have:
         raise ValueError(
             f"the mesh {sizes} takes {need} devices, and there are {have}; on a CPU, "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes so many"
@@ -189,8 +195,15 @@ def run(
 
     Returns:
         The losses of the steps that this run took.
+
+    Raises:
+        ShardingError: the batch, or a size of the model, does not divide over the mesh.
     """
     rules = nnx.sharding_rules(recipe, mesh)
+    over = rules["batch"] or ()
+    parts = math.prod(mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over))
+    if batch_size % parts:
+        raise nnx.ShardingError(f"a batch of {batch_size} sequences does not divide over {parts} devices ({over})")
 
     def create() -> tuple[Transformer, nnx.Optimizer]:
         model = Transformer(embed, heads, mlp, layers, dropout=dropout, ctx=nnx.context(seed))
@@ -254,15 +267,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mesh = make_mesh(sizes, options.axes)
     except ValueError as error:
         parser.error(str(error))
-    run(
-        mesh,
-        options.recipe,
-        steps=options.steps,
-        dropout=options.dropout,
-        checkpoints=options.checkpoints,
-        save_every=options.save_every,
-        on_step=on_step,
-    )
+    try:
+        run(
+            mesh,
+            options.recipe,
+            steps=options.steps,
+            dropout=options.dropout,
+            checkpoints=options.checkpoints,
+            save_every=options.save_every,
+            on_step=on_step,
+        )
+    except nnx.ShardingError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx.core import Context, Module, NnxError
+from nnx.train import _together as together
 from nnx.train._checkpoint import Checkpointer
 from nnx.train._errors import CheckpointWarning
 from nnx.train._interrupt import Interrupt
@@ -87,6 +88,9 @@ def fit(
     and the number of steps are saved when the checkpointer says so and at the end. SIGTERM and Ctrl-C let the step end,
     save, and return; a second one ends the program.
 
+    With several processes of `jax.distributed`, each calls this with the same arguments. The first one alone logs. A
+    signal that one of them gets ends all, after the same step: a multiple of `log_every`, at which they agree on it.
+
     Args:
         step_fn: one step; compiled by `nnx.jit` or `jax.jit`.
         state: what is trained.
@@ -129,7 +133,10 @@ def fit(
     for name, number in (("steps", steps), ("log_every", log_every), ("evaluate_every", evaluate_every)):
         if number is not None and number < 1:
             raise ValueError(f"fit: {name} is positive, got {number}")
-    run = _Run(step_fn, state, data, context, checkpointer, [TerminalLogger()] if loggers is None else list(loggers))
+    loggers = [TerminalLogger()] if loggers is None else list(loggers)
+    if not together.is_first():
+        loggers, progress = [], False
+    run = _Run(step_fn, state, data, context, checkpointer, loggers)
     run.log_every, run.evaluate_every, run.evaluate = log_every, evaluate_every, evaluate
     run.check_finite = check_finite
     try:
@@ -172,7 +179,7 @@ class _Run:
     def run(self, steps: int, progress: bool | None) -> FitResult:
         self._resume()
         with Interrupt() as interrupt, _bar(steps, self.step, progress) as bar:
-            while self.step < steps and interrupt.signal is None:
+            while self.step < steps and not self._is_told_to_stop(interrupt):
                 out = self.step_fn(self.state, next(self.batches), *self.more)
                 if self.in_place:
                     self.last = out
@@ -192,6 +199,13 @@ class _Run:
                 self._save()
                 self.checkpointer.wait()
         return FitResult(self.step, self.state, self.shown, interrupt.signal)
+
+    def _is_told_to_stop(self, interrupt: Interrupt) -> bool:
+        if together.is_together() and self.step % self.log_every == 0:
+            # Signals come to processes at different steps, or to one alone; all have to stop after the same one.
+            interrupt.signal = max(together.gather(interrupt.signal or 0)) or None
+            return interrupt.signal is not None
+        return interrupt.signal is not None and not together.is_together()
 
     def _resume(self) -> None:
         if self.checkpointer is None:

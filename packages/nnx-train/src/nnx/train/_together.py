@@ -18,7 +18,7 @@ import numpy as np
 from nnx.core import NnxError, StructureError
 from nnx.train._errors import CheckpointError, CheckpointNotFoundError, CorruptError
 
-__all__ = ["agreed", "barrier", "decide", "is_first", "is_together", "place", "token"]
+__all__ = ["agreed", "barrier", "decide", "gather", "is_first", "is_together", "place", "token"]
 
 _T = TypeVar("_T")
 _TIMEOUT = 3_600  # seconds: the slowest process may take that much longer to write its part than the fastest one
@@ -51,7 +51,7 @@ def barrier(ocp: Any, name: str) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=f"nnx checkpoint {name}", timeout_ms=_TIMEOUT * 1000)
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """What each process has, in every process, through JSON."""
     from jax.experimental import multihost_utils
 
@@ -77,7 +77,7 @@ def decide(find: Callable[[], _T]) -> _T:
             found = find()
         except Exception as raised:  # noqa: BLE001 - raised below, once the others know of it
             error = raised
-    told, problem = _gather([found, _told(error)])[0]
+    told, problem = gather([found, _told(error)])[0]
     if error is not None:
         raise error
     if problem is not None:
@@ -106,7 +106,7 @@ def agreed(attempt: Callable[[], tuple[_T, Any]]) -> tuple[_T, list[Any]]:
         mine = attempt()
     except Exception as raised:  # noqa: BLE001 - as above
         error = raised
-    every = _gather([mine and mine[1], _told(error)])
+    every = gather([mine and mine[1], _told(error)])
     problems = [(number, problem) for number, (_, problem) in enumerate(every) if problem is not None]
     if problems:
         number, worst = min(problems, key=lambda found: found[1]["kind"] == CorruptError.__name__)

@@ -7,6 +7,7 @@ the processes, that does nothing, and `jax.distributed.initialize()` is called a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 __all__ = ["initialize", "launch", "main"]
@@ -45,16 +46,25 @@ def initialize(*, heartbeat_timeout_seconds: int = 10) -> bool:
     return True
 
 
-def launch(command: Sequence[str], processes: int, *, devices: int = 1, timeout: float | None = None) -> int:
+def launch(
+    command: Sequence[str],
+    processes: int,
+    *,
+    devices: int = 1,
+    timeout: float | None = None,
+    grace: float = _GRACE,
+) -> int:
     """Run a command as several processes over loopback, each with CPU devices of its own, until all have ended.
 
-    When one fails, the others are ended too: what is left of them waits for it.
+    When one fails, the others are ended too: what is left of them waits for it. So are all when the launcher is told to
+    end, by Ctrl-C or SIGTERM. Which one failed, and how, is said on the standard error.
 
     Args:
         command: the command and its arguments.
         processes: the number of processes.
         devices: the number of CPU devices of each.
         timeout: seconds after which all are ended; None waits.
+        grace: seconds that those to be ended have after SIGTERM, such as to save, before they are killed.
 
     Returns:
         The first exit code that is not 0, negative for a signal; 124 after the timeout; else 0.
@@ -75,27 +85,55 @@ def launch(command: Sequence[str], processes: int, *, devices: int = 1, timeout:
         _COORDINATOR: f"127.0.0.1:{port}",
         _COUNT: str(processes),
     }
-    running = []
-    readers = []
-    for number in range(processes):
-        child = subprocess.Popen(  # noqa: S603, what the user has asked for is what it runs
-            command, env={**common, _ID: str(number)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        running.append(child)
-        assert child.stdout is not None
-        readers.append(threading.Thread(target=_copy, args=(child.stdout, number), daemon=True))
-        readers[-1].start()
+    running: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
     try:
-        code = _wait(running, timeout)
+        with _sigterm_raises():
+            for number in range(processes):
+                child = subprocess.Popen(  # noqa: S603, what the user has asked for is what it runs
+                    command,
+                    env={**common, _ID: str(number)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                running.append(child)
+                assert child.stdout is not None
+                readers.append(threading.Thread(target=_copy, args=(child.stdout, number), daemon=True))
+                readers[-1].start()
+            code = _wait(running, timeout)
     except KeyboardInterrupt:
         code = -signal.SIGINT
+    except _TerminatedError:
+        code = -signal.SIGTERM
     finally:
-        _end(running)
+        _end(running, grace)
         for child, reader in zip(running, readers, strict=True):
             reader.join(timeout=_GRACE)
             if child.stdout is not None and not reader.is_alive():
                 child.stdout.close()
     return code
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within, SIGTERM raises, so that the processes are ended and not left behind. On the main thread alone."""
+
+    def raises(*_: object) -> None:
+        raise _TerminatedError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, raises)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _copy(stream: IO[str], number: int) -> None:
@@ -132,11 +170,11 @@ def _signal_of(number: int) -> str:
         return f"signal {number}"
 
 
-def _end(running: Sequence[subprocess.Popen[str]]) -> None:
+def _end(running: Sequence[subprocess.Popen[str]], grace: float) -> None:
     alive = [child for child in running if child.poll() is None]
     for child in alive:
         child.terminate()
-    end = time.monotonic() + _GRACE
+    end = time.monotonic() + grace
     for child in alive:
         try:
             child.wait(max(0.0, end - time.monotonic()))
@@ -155,12 +193,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-n", "--processes", type=int, default=2, help="how many (default: %(default)s)")
     parser.add_argument("-d", "--devices", type=int, default=1, help="CPU devices of each (default: %(default)s)")
     parser.add_argument("--timeout", type=float, help="seconds after which all are ended (default: none)")
+    parser.add_argument(
+        "--grace", type=float, default=_GRACE, help="seconds from SIGTERM to SIGKILL, to save in (default: %(default)s)"
+    )
     parser.add_argument("program", help="a script, or -m and a module", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     program = options.program[1:] if options.program[:1] == ["--"] else options.program
     if not program:
         parser.error("give the program to run: a script, or `-- -m module`")
-    code = launch([sys.executable, *program], options.processes, devices=options.devices, timeout=options.timeout)
+    try:
+        code = launch(
+            [sys.executable, *program],
+            options.processes,
+            devices=options.devices,
+            timeout=options.timeout,
+            grace=options.grace,
+        )
+    except ValueError as error:
+        parser.error(str(error))
     return code if code >= 0 else 128 - code
 
 
