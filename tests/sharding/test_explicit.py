@@ -1,10 +1,12 @@
 """Explicit axes: every layer gives what it gives on one device, forward and backward, however its inputs are split."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.sharding.eight import MESHES, make_mesh, needs_devices, put
+from tests.sharding.eight import KINDS, MESHES, collectives, make_mesh, needs_devices, put
 
 import nnx
 
@@ -154,16 +156,16 @@ def decoded(layer, x, lengths, place):
     return outs, layer.cache_index
 
 
+def cached_layer(max_length, **options):
+    layer = nnx.MultiHeadAttention(4, 16, num_kv_heads=2, normalize_qk=True, rotary=True, ctx=nnx.context(0), **options)
+    nnx.init_cache(layer, batch=8, max_length=max_length)
+    return layer
+
+
 @needs_devices
 @pytest.mark.parametrize("options", [{}, pytest.param({"local_window_size": 2}, marks=pytest.mark.slow)])
 def test_decoding_with_a_cache_is_that_of_one_device(options, rng):
-    def create():
-        layer = nnx.MultiHeadAttention(
-            4, 16, num_kv_heads=2, normalize_qk=True, rotary=True, ctx=nnx.context(0), **options
-        )
-        nnx.init_cache(layer, batch=8, max_length=10)
-        return layer
-
+    create = functools.partial(cached_layer, 10, **options)
     mesh = make_mesh(MESHES["combined"], "explicit")
     x, lengths = rng.normal(size=(8, 5, 16)).astype(np.float32), rng.integers(0, 6, 8)
     expected, index = decoded(create(), x, lengths, jnp.asarray)
@@ -176,3 +178,20 @@ def test_decoding_with_a_cache_is_that_of_one_device(options, rng):
         np.testing.assert_allclose(y, wanted, rtol=2e-5, atol=1e-5)
     np.testing.assert_array_equal(found_index, index)
     assert layer.cached_key.sharding.is_equivalent_to(before, 4)
+
+
+@needs_devices
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", list(KINDS))
+def test_a_token_moves_weights_and_sums_and_nothing_of_the_cache(axes):
+    mesh = make_mesh(MESHES["combined"], axes)
+    moved = []
+    for max_length in (8, 16):
+        layer = nnx.sharded_init(
+            functools.partial(cached_layer, max_length), mesh, nnx.sharding_rules("combined", mesh)
+        )
+        with jax.set_mesh(mesh):
+            token = put(np.zeros((8, 1, 16), np.float32), mesh, *BATCH)
+            moved.append(collectives(extend.lower(layer, token).compile().as_text()))
+    assert moved[0] == moved[1]
+    assert set(moved[0][0]) == {"all-gather", "all-reduce"}
