@@ -170,6 +170,7 @@ class _Run:
         self.step_fn, self.state, self.context = step_fn, state, context
         self.checkpointer, self.loggers = checkpointer, loggers
         self.in_place = any(map(_is_object, jax.tree.leaves(state, is_leaf=_is_object)))
+        self.several = together.is_together()
         self.more = () if context is None else (context,)
         self.batches = _Batches(data)
         self.step = 0
@@ -201,11 +202,13 @@ class _Run:
         return FitResult(self.step, self.state, self.shown, interrupt.signal)
 
     def _is_told_to_stop(self, interrupt: Interrupt) -> bool:
-        if together.is_together() and self.step % self.log_every == 0:
-            # Signals come to processes at different steps, or to one alone; all have to stop after the same one.
-            interrupt.signal = max(together.gather(interrupt.signal or 0)) or None
+        if not self.several:
             return interrupt.signal is not None
-        return interrupt.signal is not None and not together.is_together()
+        if self.step % self.log_every:
+            return False
+        # Signals come to processes at different steps, or to one alone; all have to stop after the same one.
+        interrupt.signal = max(together.gather(interrupt.signal or 0)) or None
+        return interrupt.signal is not None
 
     def _resume(self) -> None:
         if self.checkpointer is None:
