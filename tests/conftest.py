@@ -1,6 +1,8 @@
 """What every test shares: strictness, and randomness that repeats."""
 
 import os
+import shutil
+import tempfile
 
 import hypothesis
 import jax
@@ -19,6 +21,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what a process of the run compiles until it ends: many tests compile one program.
+
+    Each has a folder of its own, as JAX does not write such files at once: another process may read half of one.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # whoever runs the tests keeps it longer
+        return
+    folder = tempfile.mkdtemp(prefix="nnx-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture
