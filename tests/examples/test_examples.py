@@ -95,9 +95,16 @@ def test_vae(tmp_path):
 
 
 @pytest.mark.slow
-def test_scan_over_layers(tmp_path, capsys):
-    assert scan_over_layers.main(["--steps", "3", "--out", str(tmp_path)]) == 0
-    assert float(capsys.readouterr().out.splitlines()[0].rpartition(": ")[2]) < 1e-5
+def test_scan_over_layers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scan_over_layers, "DEPTHS", (2,))
+    assert scan_over_layers.main(["--layers", "2", "--steps", "60", "--out", str(tmp_path)]) == 0
+    first, *_, last, _ = capsys.readouterr().out.splitlines()
+    assert float(first.rpartition(": ")[2]) < 1e-5
+    assert last.endswith("logits 0e+00 apart")
+    assert float(last.removeprefix("test accuracy ").partition(";")[0]) > 0.5
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert nnx.Checkpointer(tmp_path / "checkpoints").steps == (60,)
     assert picture(tmp_path)
 
 
@@ -166,13 +173,18 @@ def test_checkpointing(tmp_path):
 
 @pytest.mark.slow
 def test_transformer_sharded(tmp_path, capsys):
-    losses = tmp_path / "losses.json"
-    words = ["--mesh", "data=1,tensor=1", "--recipe", "combined", "--losses", str(losses)]
-    words += ["--checkpoints", str(tmp_path / "saved"), "--save-every", "2"]
-    assert transformer_sharded.main([*words, "--steps", "2"]) == 0
+    words = ["--mesh", "data=1,tensor=1", "--recipe", "combined", "--save-every", "2", "--out", str(tmp_path)]
+    assert transformer_sharded.main([*words, "--steps", "1"]) == 0
     assert transformer_sharded.main([*words, "--steps", "3"]) == 0  # goes on from the checkpoint
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3"]
-    assert list(json.loads(losses.read_text())) == ["3"]
+    assert transformer_sharded.main([*words, "--steps", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step")] == ["1", "2", "3"]
+    assert lines[-2] == f"{tmp_path} holds a run of 3 steps already; more --steps go on with it"
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert nnx.Checkpointer(tmp_path / "checkpoints").steps == (1, 2, 3)
+    assert picture(tmp_path)
     for mesh, message in (("data=x", "a mesh is given as data=2"), ("data=4096", "takes 4096 devices, and there are")):
         with pytest.raises(SystemExit):
             transformer_sharded.main(["--mesh", mesh])

@@ -2,7 +2,8 @@
 
 It reads scikit-learn's digits as sequences of 64 pixels and learns to predict the next one. The model says nothing of
 meshes: layers name the axes of their parameters, the model those of its activations, and a recipe maps both to the axes
-of a mesh. Every recipe and every mesh gives the losses of one device.
+of a mesh. Every recipe and every mesh gives the losses of one device. A run goes on from its newest checkpoint, on
+another mesh too.
 
 As several processes: `python -m nnx.train.launch -n 2 -d 4 -- -m nnx.examples.transformer_sharded --mesh fsdp=8`.
 """
@@ -24,6 +25,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 import nnx
+from nnx.examples._common import new_figure, save_figure
 from nnx.examples.data import batch_indices, load_digits
 from nnx.train.launch import initialize
 
@@ -190,7 +192,7 @@ def run(
         dropout: the rate of dropout.
         seed: of all randomness.
         checkpoints: where to save and to go on from.
-        save_every: steps from one checkpoint to the next.
+        save_every: steps from one checkpoint to the next; the last step is saved too.
         on_step: called with the number of steps taken and the loss.
 
     Returns:
@@ -209,12 +211,14 @@ def run(
         model = Transformer(embed, heads, mlp, layers, dropout=dropout, ctx=nnx.context(seed))
         return model, nnx.Optimizer(model, make_optimizer())
 
+    checkpointer = None if checkpoints is None else nnx.Checkpointer(checkpoints, save_every=save_every)
+    saved = None if checkpointer is None else checkpointer.latest_step
+    if checkpointer is not None and saved is not None and saved >= steps:
+        checkpointer.close()
+        return []
     model, optimizer = nnx.sharded_init(create, mesh, rules)
-    checkpointer = None
-    if checkpoints is not None:
-        checkpointer = nnx.Checkpointer(checkpoints, save_every=save_every)
-        if checkpointer.latest_step is not None:
-            checkpointer.restore(like={"model": model, "optimizer": optimizer})
+    if checkpointer is not None and saved is not None:
+        checkpointer.restore(like={"model": model, "optimizer": optimizer})
     images = load_digits().train_images
     tokens = np.round(images.reshape(len(images), 64) * 16).astype(np.int32)
     placed = NamedSharding(mesh, nnx.logical_to_mesh(jax.sharding.PartitionSpec("batch", None), rules))
@@ -228,7 +232,8 @@ def run(
             loss = float(train_step(model, optimizer, share, key))
             losses.append(loss)
             if checkpointer is not None:
-                checkpointer.save(step + 1, {"model": model, "optimizer": optimizer})
+                last = step + 1 == steps
+                checkpointer.save(step + 1, {"model": model, "optimizer": optimizer}, force=last)
             if on_step is not None:
                 on_step(step + 1, loss)
     if checkpointer is not None:
@@ -245,22 +250,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mesh", help="such as data=2,fsdp=2,tensor=2 (default: data=<all devices>)")
     parser.add_argument("--recipe", choices=list(nnx.RECIPES), default="combined", help="(default: %(default)s)")
     parser.add_argument("--axes", choices=["auto", "explicit"], default="auto", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of the whole run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of the whole run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, help="(default: %(default)s)")
-    parser.add_argument("--checkpoints", type=Path, help="where to save, and to go on from")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/transformer_sharded"),
+        help="where checkpoints, losses and picture are kept, and a run goes on (default: %(default)s)",
+    )
     parser.add_argument("--save-every", type=int, default=10, help="steps (default: %(default)s)")
-    parser.add_argument("--losses", type=Path, help="a file for the losses by step, as JSON")
     options = parser.parse_args(arguments)
     initialize()
-    first = jax.process_index() == 0
-    losses: dict[int, float] = {}
+    first = jax.process_index() == 0  # of several processes one prints, logs and draws
+    log = nnx.JSONLinesLogger(options.out / "log.jsonl")
+    began = None
 
     def on_step(step: int, loss: float) -> None:
-        losses[step] = loss
-        if first:
-            print(f"step {step:4d}  loss {loss:.6f}", flush=True)
-            if options.losses is not None:
-                options.losses.write_text(json.dumps(losses))
+        nonlocal began
+        if not first:
+            return
+        if began is None:
+            began = step
+            log.resume(step - 1)
+        print(f"step {step:4d}  loss {loss:.6f}", flush=True)
+        log.log(step, {"loss": loss})
 
     try:
         sizes = parse_mesh(options.mesh) if options.mesh else {"data": len(jax.devices())}
@@ -273,13 +287,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.recipe,
             steps=options.steps,
             dropout=options.dropout,
-            checkpoints=options.checkpoints,
+            seed=options.seed,
+            checkpoints=options.out / "checkpoints",
             save_every=options.save_every,
             on_step=on_step,
         )
     except nnx.ShardingError as error:
         parser.error(str(error))
+    finally:
+        log.close()
+    if first:
+        if began is None:
+            print(f"{options.out} holds a run of {options.steps} steps already; more --steps go on with it")
+        _draw(options.out, f"{options.recipe}, " + " x ".join(f"{name} {size}" for name, size in sizes.items()), began)
     return 0
+
+
+def _draw(out: Path, title: str, began: int | None) -> None:
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    figure = new_figure(6, 4)
+    axes = figure.subplots()
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], marker="." if len(rows) < 30 else None)
+    axes.axhline(math.log(BEGIN), color="black", linestyle=":", linewidth=1, label="guessing")
+    if began is not None and began > 1:
+        axes.axvline(began - 0.5, color="grey", linestyle="--", linewidth=1, label="went on from a checkpoint")
+    axes.set(xlabel="step", ylabel="loss (nats a pixel)", ylim=(0, None), title=title)
+    axes.legend(frameon=False, loc="lower right")
+    axes.grid(alpha=0.25)
+    save_figure(figure, out / "report.png")
 
 
 if __name__ == "__main__":
