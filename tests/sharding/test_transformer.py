@@ -16,6 +16,8 @@ EMBED, HEADS, MLP, LENGTH = 16, 4, 32, 16
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
 RESIDUAL = ("batch", "length", "activation_embed")
 INNER = ("batch", "activation_length", "activation_embed")
+HEADS_APART = ("batch", "activation_length", "activation_heads", "head_dim")
+HIDDEN = ("batch", "activation_length", "activation_mlp")
 LOGITS = ("batch", "activation_length", "activation_vocab")
 
 
@@ -43,10 +45,11 @@ def plain_loss(params, tokens, constrain):
 
         h = constrain(layer_norm(x, p["norm1/scale"], p["norm1/bias"]), INNER)
         q, k, v = (affine("btd,dhk->bthk", h, f"attention/{name}") for name in ("query", "key", "value"))
-        h = jax.nn.dot_product_attention(turn(q), turn(k), v, is_causal=True)
+        h = constrain(jax.nn.dot_product_attention(turn(q), turn(k), v, is_causal=True), HEADS_APART)
         x = constrain(x + constrain(affine("bthk,hkd->btd", h, "attention/out"), RESIDUAL), RESIDUAL)
         h = constrain(layer_norm(x, p["norm2/scale"], p["norm2/bias"]), INNER)
-        h = affine("btm,md->btd", jax.nn.gelu(affine("btd,dm->btm", h, "mlp/layers/0")), "mlp/layers/1")
+        h = constrain(jax.nn.gelu(affine("btd,dm->btm", h, "mlp/layers/0")), HIDDEN)
+        h = affine("btm,md->btd", h, "mlp/layers/1")
         return constrain(x + constrain(h, RESIDUAL), RESIDUAL), None
 
     table = params["embed/embedding"]

@@ -30,6 +30,7 @@ from nnx.layers._kv_cache import append, new_cache
 from nnx.layers._linear import LinearGeneral
 from nnx.layers._norm import LayerNorm
 from nnx.layers._rotary import RotaryEmbedding
+from nnx.layers._settled import settled
 from nnx.layers.initializers import Initializer
 
 __all__ = ["MultiHeadAttention"]
@@ -49,6 +50,8 @@ class MultiHeadAttention(Module):
     For decoding, `init_cache(batch, max_length)` gives it a cache; `layer(x, decode=True)` then appends the keys and
     values of `x`, any number of tokens, to each row, and attends to what the row holds. Rows may be at different
     positions.
+
+    Where logical axis rules split "activation_heads" over a mesh, so are the heads that are attended to.
 
     Attributes:
         query: LinearGeneral, its kernel [in_features, num_heads, head_dim], its bias [num_heads, head_dim]. The
@@ -335,7 +338,7 @@ class MultiHeadAttention(Module):
             module=self if sow_weights else None,
             **extra,
         )
-        out = self.out(heads, out_sharding)
+        out = self.out(settled(heads, -2, "activation_heads"), out_sharding)
         if has_room is not None:
             out = jnp.where(has_room[:, None, None], out, jnp.nan)
         return out

@@ -37,6 +37,7 @@ from nnx.layers._common import (
 from nnx.layers._dropout import Dropout
 from nnx.layers._dtypes import promote_dtype
 from nnx.layers._explicit import fit_weights
+from nnx.layers._settled import settled
 from nnx.layers.initializers import Initializer
 
 __all__ = ["MLP", "Linear", "LinearGeneral"]
@@ -342,7 +343,8 @@ class MLP(Module):
 
     `x <- dropout(activation(x @ kernel + bias))` for each hidden layer, then a last Linear without either.
 
-    The kernels' logical axes are ("embed", "mlp") and ("mlp", "embed") in turns.
+    The kernels' logical axes are ("embed", "mlp") and ("mlp", "embed") in turns. Where logical axis rules split
+    "activation_mlp" over a mesh, so are the hidden layers.
 
     Attributes:
         layers: a Sequence of `len(hidden_features) + 1` Linear layers.
@@ -434,7 +436,7 @@ class MLP(Module):
         activation = getattr(_activations, self.activation) if isinstance(self.activation, str) else self.activation
         x = inputs
         for layer in self.layers[:-1]:
-            x = activation(layer(x))
+            x = settled(activation(layer(x)), -1, "activation_mlp")
             if self.dropout is not None:
                 x = self.dropout(x, deterministic=deterministic, ctx=ctx)
         return self.layers[-1](x)
