@@ -422,6 +422,19 @@ def test_nothing_to_restore(checkpointer):
         checkpointer.restore(like={"x": jnp.ones(1)})
 
 
+def test_nothing_to_restore_as_no_step_was_one_to_save_at(tmp_path):
+    with nnx.Checkpointer(tmp_path) as checkpointer:
+        assert not checkpointer.save(7, {"x": jnp.ones(1)})
+        for restore in (
+            lambda: checkpointer.restore(like={"x": jnp.ones(1)}),
+            lambda: checkpointer.restore(7, like={}),
+        ):
+            with pytest.raises(
+                nnx.CheckpointNotFoundError, match=r"nothing at step 7, .* save_every=1000.* force=True"
+            ):
+                restore()
+
+
 def test_a_directory_that_is_none_and_a_checkpoint_that_is_not_ours(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(nnx.CheckpointError, match="cannot keep checkpoints in"):

@@ -151,6 +151,7 @@ class Checkpointer:
         self._path = str(root)
         self._storage = Storage(root)
         self._save_every = save_every
+        self._passed: int | None = None  # the last step at which `save` wrote nothing
         self._checksum = checksum
         self._ocp = ocp
         self._writer = Writer(in_background=async_save)
@@ -243,6 +244,7 @@ class Checkpointer:
         self._check_open()
         self._check_errors()
         if not (force or step % self._save_every == 0):
+            self._passed = step
             return False
         if not together.is_together() and not self._is_new(step):  # of several processes the first one says so
             return False
@@ -274,6 +276,17 @@ class Checkpointer:
         with self._as_errors(f"saving step {step} in {self._path} failed"):
             self._writer.submit(job)
         return True
+
+    def _candidates(self, step: int | None) -> list[int]:
+        try:
+            return self._reader.candidates(step)
+        except CheckpointNotFoundError as error:
+            if self._passed is None:
+                raise
+            raise CheckpointNotFoundError(
+                f"{error}. `save` wrote nothing at step {self._passed}, which is no multiple of save_every="
+                f"{self._save_every}: give the Checkpointer another one, or save with force=True"
+            ) from None
 
     def _is_new(self, step: int) -> bool:
         """Whether a step is not saved yet, nor a later one, which is an error."""
@@ -425,7 +438,7 @@ class Checkpointer:
         tried: set[int] = set()
         while True:
             try:
-                candidates = together.decide(lambda: self._reader.candidates(step))
+                candidates = together.decide(lambda: self._candidates(step))
                 candidate = next(found for found in candidates if found not in tried)
             except (StopIteration, CheckpointNotFoundError):
                 if first is None:
@@ -469,7 +482,7 @@ class Checkpointer:
         items = {"state": flatten(like, "`like`")}
         if context is not None:
             items["context"] = flatten(context, "`context`")
-        candidate = next(iter(self._reader.candidates(step)))
+        candidate = next(iter(self._candidates(step)))
         _, matches = self._reader.match(candidate, items, options, refuse=False)
         return _joined(matches)
 
@@ -484,7 +497,7 @@ class Checkpointer:
             CorruptError: the manifest is damaged.
         """
         self.wait()
-        return self._reader.checked_manifest(next(iter(self._reader.candidates(step))))
+        return self._reader.checked_manifest(next(iter(self._candidates(step))))
 
     def _install(
         self,
