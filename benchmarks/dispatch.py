@@ -42,13 +42,7 @@ def measure(options: Options) -> Iterator[Result]:
 
 
 def _read_sides(blocks: int, x: Any, use: Callable[[Any], jax.Array], rivals: bool) -> dict[str, Side]:
-    def read(model: Any, x: Any) -> jax.Array:
-        return use(x)
-
-    model = Blocks(blocks, ctx=nnx.context(0))
-    leaves = jax.tree.leaves(model.partition()[0])  # the very arrays: others may lie worse in the processor's caches
-    raw, ours = jax.jit(read), nnx.jit(read)
-    sides: dict[str, Side] = {RAW: lambda: raw(leaves, x), OURS: lambda: ours(model, x)}
+    sides = own_read_sides(Blocks(blocks, ctx=nnx.context(0)), x, use)
     if rivals:
         from benchmarks._rivals import read_sides
 
@@ -56,8 +50,28 @@ def _read_sides(blocks: int, x: Any, use: Callable[[Any], jax.Array], rivals: bo
     return sides
 
 
+def own_read_sides(model: Blocks, x: Any, use: Callable[[Any], jax.Array]) -> dict[str, Side]:
+    """A function that leaves everything as it is: raw JAX on the arrays, and ours on the model."""
+
+    def read(model: Any, x: Any) -> jax.Array:
+        return use(x)
+
+    leaves = jax.tree.leaves(model.partition()[0])  # the very arrays: others may lie worse in the processor's caches
+    raw, ours = jax.jit(read), nnx.jit(read)
+    return {RAW: lambda: raw(leaves, x), OURS: lambda: ours(model, x)}
+
+
 def _update_sides(blocks: int, x: jax.Array, rivals: bool) -> dict[str, Side]:
-    leaves, model = raw_blocks(blocks), Blocks(blocks, ctx=nnx.context(0))
+    sides = own_update_sides(raw_blocks(blocks), Blocks(blocks, ctx=nnx.context(0)), x)
+    if rivals:
+        from benchmarks._rivals import update_sides
+
+        sides |= update_sides(blocks, x)
+    return sides
+
+
+def own_update_sides(leaves: list[jax.Array], model: Blocks, x: jax.Array) -> dict[str, Side]:
+    """A function that adds 1 to everything: raw JAX on the arrays, and ours on the model."""
 
     @jax.jit
     def raw(leaves: list[jax.Array], x: jax.Array) -> Any:
@@ -77,9 +91,4 @@ def _update_sides(blocks: int, x: jax.Array, rivals: bool) -> dict[str, Side]:
         leaves, out = raw(leaves, x)
         return out
 
-    sides: dict[str, Side] = {RAW: raw_side, OURS: lambda: ours(model, x)}
-    if rivals:
-        from benchmarks._rivals import update_sides
-
-        sides |= update_sides(blocks, x)
-    return sides
+    return {RAW: raw_side, OURS: lambda: ours(model, x)}

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nnx
-from benchmarks._measure import Options, Side, Spread, alternate
+from benchmarks._measure import Options, Spread, alternate
 from benchmarks._models import Blocks
-from benchmarks._results import OURS, RAW, Result, results_of
+from benchmarks._results import Result, results_of
+from benchmarks.dispatch import own_read_sides, own_update_sides
 
 DEVICES = 8
 SIZES = (12, 48, 192)
@@ -46,43 +47,11 @@ def measure_here(options: Options) -> Iterator[Result]:
         # Not born in shards, which would compile one function of a thousand random draws.
         state = model.partition()[0]
         model.update_state(jax.device_put(state, nnx.get_named_sharding(state, mesh, rules)))
-        for kind, sides in (("read", _read_sides(model, x)), ("update", _update_sides(model, x))):
+        read = own_read_sides(model, x, lambda x: x + 1)
+        leaves = [jnp.copy(leaf) for leaf in jax.tree.leaves(model.partition()[0])]
+        for kind, sides in (("read", read), ("update", own_update_sides(leaves, model, x))):
             timings = alternate(sides, rounds=options.rounds, round_seconds=options.round_seconds)
             yield from results_of("sharded", f"{kind}, {blocks} blocks on {DEVICES} devices", timings)
-
-
-def _read_sides(model: Blocks, x: jax.Array) -> dict[str, Side]:
-    leaves = jax.tree.leaves(model.partition()[0])
-
-    def read(model: object, x: jax.Array) -> jax.Array:
-        return x + 1
-
-    raw, ours = jax.jit(read), nnx.jit(read)
-    return {RAW: lambda: raw(leaves, x), OURS: lambda: ours(model, x)}
-
-
-def _update_sides(model: Blocks, x: jax.Array) -> dict[str, Side]:
-    leaves = [jnp.copy(leaf) for leaf in jax.tree.leaves(model.partition()[0])]
-
-    @jax.jit
-    def raw(leaves: list[jax.Array], x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        return [leaf + 1 for leaf in leaves], x + 1
-
-    @nnx.jit
-    def ours(model: Blocks, x: jax.Array) -> jax.Array:
-        for block in model.blocks:
-            block.linear.kernel = block.linear.kernel + 1
-            block.linear.bias = block.linear.bias + 1
-            block.norm.scale = block.norm.scale + 1
-            block.norm.bias = block.norm.bias + 1
-        return x + 1
-
-    def raw_side() -> jax.Array:
-        nonlocal leaves
-        leaves, out = raw(leaves, x)
-        return out
-
-    return {RAW: raw_side, OURS: lambda: ours(model, x)}
 
 
 if __name__ == "__main__":
