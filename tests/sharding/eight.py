@@ -1,7 +1,4 @@
-"""What the tests on eight forced devices share: meshes, how to lay arrays out, and the collectives of a program."""
-
-import collections
-import re
+"""What the tests on eight forced devices share: meshes, and how to lay arrays out."""
 
 import jax
 import numpy as np
@@ -31,18 +28,3 @@ def make_mesh(sizes, axes="auto"):
 
 def put(x, mesh, *spec):
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-
-
-_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "s8": 1, "u8": 1, "u64": 8}
-
-
-def collectives(text):
-    """The collectives of a compiled program: how many of each kind, and the bytes that each kind brings about."""
-    counts, sizes = collections.Counter(), collections.Counter()
-    for shapes, kind in re.findall(
-        r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
-    ):
-        counts[kind] += 1
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            sizes[kind] += _BYTES[dtype] * int(np.prod([int(size) for size in shape.split(",") if size]))
-    return counts, sizes

@@ -47,6 +47,15 @@ def sent_by_axes(text, mesh):
     return found
 
 
+def by_kind(text):
+    """The collectives of a compiled program as they are written: how many of each kind, and their results' bytes."""
+    counts, sizes = collections.Counter(), collections.Counter()
+    for shapes, kind in re.findall(rf"= (.*?) ({_KINDS})(?:-start)?\(", text):
+        counts[kind] += 1
+        sizes[kind] += _nbytes(shapes)
+    return counts, sizes
+
+
 def collectives(text, mesh):
     """The collectives of a compiled step.
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.sharding.eight import KINDS, MESHES, collectives, make_mesh, needs_devices, put
+from tests.sharding.eight import KINDS, MESHES, make_mesh, needs_devices, put
+from tests.sharding.hlo import by_kind
 
 import nnx
 
@@ -192,6 +193,6 @@ def test_a_token_moves_weights_and_sums_and_nothing_of_the_cache(axes):
         )
         with jax.set_mesh(mesh):
             token = put(np.zeros((8, 1, 16), np.float32), mesh, *BATCH)
-            moved.append(collectives(extend.lower(layer, token).compile().as_text()))
+            moved.append(by_kind(extend.lower(layer, token).compile().as_text()))
     assert moved[0] == moved[1]
     assert set(moved[0][0]) == {"all-gather", "all-reduce"}

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.sharding.eight import MESHES, collectives, make_mesh, needs_devices, put
+from tests.sharding.eight import MESHES, make_mesh, needs_devices, put
+from tests.sharding.hlo import by_kind
 
 import nnx
 from nnx.examples import transformer_sharded as example
@@ -103,7 +104,7 @@ class Run:
         self.start = self.params()
         with jax.set_mesh(self.mesh), nnx.logical_axis_rules(self.rules):
             step = nnx_step.lower(self.model, self.optimizer, self.tokens).compile()
-            self.moved = collectives(step.as_text())
+            self.moved = by_kind(step.as_text())
             self.losses = [float(step(self.model, self.optimizer, self.tokens)) for _ in range(2)]
 
     def params(self):
@@ -131,7 +132,7 @@ def test_the_step_is_that_of_one_device_and_moves_what_a_plain_one_moves(recipe)
         step = plain.lower(params, TX.init(params), run.tokens).compile()
         params, _, loss = step(params, TX.init(params), run.tokens)
     assert run.moved[0], "the step of a sharded model has collectives"
-    assert run.moved == collectives(step.as_text())
+    assert run.moved == by_kind(step.as_text())
     np.testing.assert_allclose(loss, run.losses[0], rtol=1e-6)
     # The twin's parameters stay where the model's are.
     for path, value in run.params().items():
