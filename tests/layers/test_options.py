@@ -308,3 +308,33 @@ def test_out_sharding_of_logits():
         query = jax.device_put(jnp.ones((2, 4)), NamedSharding(mesh, P("data")))
         logits = jax.eval_shape(lambda query: layer.attend(query, P(None, "model")), query)
     assert tuple(logits.sharding.spec) == (None, "model")
+
+
+@pytest.mark.parametrize("metadata", [[("a", 1)], {"value": 1}, {1: "a"}, None])
+def test_metadata_that_are_none_are_refused(metadata):
+    for make in (
+        lambda: nnx.Linear(2, 3, kernel_metadata=metadata, ctx=nnx.context(0)),
+        lambda: nnx.PReLU(negative_slope_metadata=metadata),
+    ):
+        with pytest.raises(TypeError, match=r"`kernel_metadata` and its kin\) are values by name.*of shape \("):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda ctx: nnx.Linear(2, 3, dot_general="fast", ctx=ctx), r"Linear: `dot_general` is a function, got str"),
+        (lambda ctx: nnx.BatchNorm(2, promote_dtype=None, ctx=ctx), r"BatchNorm: `promote_dtype` is a function, got"),
+        (
+            lambda ctx: nnx.GRUCell(2, 3, carry_init=1.0, ctx=ctx),
+            r"GRUCell: `carry_init` is a function, got float: 1.0",
+        ),
+        (
+            lambda ctx: nnx.Conv(2, 3, 3, preferred_element_type="int7", ctx=ctx),
+            r"Conv: `preferred_element_type` is a dtype, got 'int7'",
+        ),
+    ],
+)
+def test_options_that_are_none_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make(nnx.context(0))

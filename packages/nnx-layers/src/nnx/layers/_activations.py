@@ -35,7 +35,7 @@ from jax.nn import (
 from jax.typing import DTypeLike
 
 from nnx.core import Param, ShapeError
-from nnx.layers._common import NO_METADATA, Layer, Metadata, PromoteDtype, as_value
+from nnx.layers._common import NO_METADATA, Layer, Metadata, PromoteDtype, as_value, check_metadata
 from nnx.layers._dtypes import promote_dtype
 
 __all__ = [
@@ -113,7 +113,7 @@ class PReLU(Layer):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self._choose(promote_dtype=promote_dtype)
-        slope = Param(jnp.asarray(negative_slope_init, param_dtype), **negative_slope_metadata)
+        slope = Param(jnp.asarray(negative_slope_init, param_dtype), **check_metadata(negative_slope_metadata, ()))
         self.negative_slope = as_value(slope)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -49,10 +49,33 @@ class Layer(Module):
     promote_dtype: PromoteDtype = staticmethod(promote_dtype)
 
     def _choose(self, **options: Any) -> None:
-        """Keeps those options that are not what the class has."""
+        """Keeps those options that are not what the class has: functions, and the dtype of a product."""
         for name, value in options.items():
-            if value is not getattr(type(self), name):
-                setattr(self, name, value)
+            if value is getattr(type(self), name):
+                continue
+            if name == "preferred_element_type":
+                check_dtype(self, name, value)
+            elif not callable(value):
+                raise TypeError(f"{type(self).__name__}: `{name}` is a function, got {type(value).__name__}: {value!r}")
+            setattr(self, name, value)
+
+
+def check_dtype(layer: Module, name: str, dtype: Any) -> None:
+    """Raise a TypeError that names the layer and its option unless `dtype` is one."""
+    try:
+        jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{type(layer).__name__}: `{name}` is a dtype, got {dtype!r}") from None
+
+
+def check_metadata(metadata: Any, shape: Sequence[int]) -> Metadata:
+    """Metadata that a user gave to a parameter of that shape, or a TypeError."""
+    if not isinstance(metadata, Mapping) or not all(isinstance(name, str) and name != "value" for name in metadata):
+        raise TypeError(
+            "the metadata of a parameter (`kernel_metadata` and its kin) are values by name, none of them called"
+            f" `value`; got {metadata!r} for the parameter of shape {tuple(shape)}"
+        )
+    return metadata
 
 
 def make_param(
@@ -79,7 +102,7 @@ def make_param(
         key = ctx.make_rng("params")
     else:
         ctx.skip_rng("params")
-    return as_value(kind(_named(init(key, tuple(shape), dtype), names), **metadata))
+    return as_value(kind(_named(init(key, tuple(shape), dtype), names), **check_metadata(metadata, shape)))
 
 
 def _named(value: Any, names: Names | None) -> Any:
