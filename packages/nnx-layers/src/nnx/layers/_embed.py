@@ -6,15 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from nnx.core import Context, ShapeError, with_logical_constraint
-from nnx.core._sharding import current_rules
+from nnx.core import Context, ShapeError
 from nnx.layers import initializers
 from nnx.layers._common import NO_METADATA, Layer, Metadata, PromoteDtype, check_features, make_param, project
 from nnx.layers._dtypes import promote_dtype
 from nnx.layers._explicit import is_explicit, rows
+from nnx.layers._settled import settled
 from nnx.layers.initializers import Initializer
 
 __all__ = ["Embed"]
@@ -104,7 +103,9 @@ class Embed(Layer):
         (table,) = self.promote_dtype((self.embedding,), dtype=self.dtype, inexact=False)
         if is_explicit(table) or out_sharding is not None:
             return rows(table, inputs, out_sharding)
-        return jnp.take(_with_whole_rows(table), inputs, axis=0)
+        # Else XLA keeps the vectors split as FSDP has them, gathers the other axis, and looks into plans that copy the
+        # whole batch to every device ("involuntary full rematerialization").
+        return jnp.take(settled(table, -1, "activation_embed"), inputs, axis=0)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Scores each vector of the table against `query`: `logits = query @ embedding.T`.
@@ -127,15 +128,3 @@ class Embed(Layer):
         check_features(self, "query", query, self.features, f"features={self.features}")
         x, table = self.promote_dtype((query, self.embedding), dtype=self.dtype)
         return project(x, table.T, out_sharding=out_sharding)
-
-
-def _with_whole_rows(table: jax.Array) -> jax.Array:
-    """The table, its vectors gathered where the rules in force say that those of activations are whole.
-
-    Left to itself XLA keeps them split, gathers the other axis, and looks into plans that copy the whole batch to every
-    device ("involuntary full rematerialization").
-    """
-    rules = current_rules()
-    if rules is None or ("activation_embed", None) not in rules or jax.sharding.get_abstract_mesh().empty:
-        return table
-    return with_logical_constraint(table, (PartitionSpec.UNCONSTRAINED, "activation_embed"))
