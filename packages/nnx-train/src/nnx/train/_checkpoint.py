@@ -96,7 +96,8 @@ class Checkpointer:
         best_mode: "min" or "max": which metric is better.
         keep_every: the checkpoints of the multiples of so many steps are kept for good.
         async_save: whether data is written in the background. `save` returns when the arrays have been copied, so
-            they may be changed or donated at once.
+            they may be changed or donated at once. Python 3.12.0 to 3.12.2 could not end such a save at the exit of
+            the program, and there `save` writes before it returns.
         checksum: whether a checksum of each array is saved, to be checked when it is restored.
         best_metric: the name of the metric that `keep_best` goes by; None for the first. A dict that went through
             `jax.jit` is sorted by name.

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401 - registers its own end first, so that ours comes before it
+import sys
 import threading
 import weakref
 from collections.abc import Callable
 
-__all__ = ["Writer"]
+__all__ = ["LOSES_THREADS_AT_EXIT", "Writer"]
 
 _writers: weakref.WeakSet[Writer] = weakref.WeakSet()
+
+# These start no thread once the program has come to its end (python/cpython#113964, mended in 3.12.3), and a save
+# that is under way needs some: what they cannot end at the exit is not left for it.
+LOSES_THREADS_AT_EXIT = (3, 12) <= sys.version_info < (3, 12, 3)
 
 
 class Writer:
     """Runs jobs in turn on a thread.
 
     Args:
-        in_background: whether to use a thread at all.
+        in_background: whether to use a thread at all. Python 3.12.0 to 3.12.2 use none in any case.
     """
 
     def __init__(self, *, in_background: bool) -> None:
-        self._in_background = in_background
+        self._in_background = in_background and not LOSES_THREADS_AT_EXIT
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         _writers.add(self)
@@ -70,8 +75,6 @@ def _drain() -> None:
         if thread is not None:
             thread.join()
         if writer._error is not None:
-            import sys
-
             print(f"nnx: a checkpoint could not be saved: {writer._error}", file=sys.stderr)  # noqa: T201
 
 
